@@ -1,0 +1,63 @@
+#include "hpa/project_merge.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/checks.h"
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+
+namespace hpa::cpu {
+namespace {
+
+// An output larger than this is written past the caches, where it is not one of the inputs.
+constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
+constexpr std::int64_t kTaskBytes = std::int64_t{1} << 18;
+
+// True where out is memory of its own, or exactly the given input.
+bool same_or_apart(const ConstMatrix& in, const Matrix& out) {
+  return in.data != out.data || in.rows <= 1 || in.row_stride == out.row_stride;
+}
+
+}  // namespace
+
+Status project_merge(ConstMatrix w_old, ConstMatrix w_new, const std::uint8_t* mask, MaskAxis axis,
+                     const float* coefficient, Matrix out) {
+  HPA_REQUIRE_MATRIX(w_old);
+  HPA_REQUIRE_MATRIX(w_new);
+  HPA_REQUIRE_MATRIX(out);
+  HPA_REQUIRE_SAME_SHAPE(w_old, w_new);
+  HPA_REQUIRE_SAME_SHAPE(w_old, out);
+  HPA_REQUIRE(axis == MaskAxis::input || axis == MaskAxis::output, "axis: must be input or output");
+  if (empty(out)) return {};
+  HPA_REQUIRE(mask != nullptr, "mask: must not be null");
+  HPA_REQUIRE(coefficient != nullptr, "coefficient: must not be null");
+  HPA_REQUIRE(same_or_apart(w_old, out), "out: row_stride must be that of w_old where out is w_old");
+  HPA_REQUIRE(same_or_apart(w_new, out), "out: row_stride must be that of w_new where out is w_new");
+
+  const std::int64_t element = static_cast<std::int64_t>(size_of(out.dtype));
+  const std::int64_t row_bytes = out.columns * element;
+  const std::int64_t task_rows = std::max<std::int64_t>(1, kTaskBytes / row_bytes);
+  const bool in_place = out.data == w_old.data || out.data == w_new.data;
+  const bool stream = !in_place && row_bytes * out.rows > kStreamBytes;
+  const float factor = *coefficient;
+  const auto merge_row = kernels().merge_row[static_cast<int>(out.dtype)];
+  parallel_for((out.rows + task_rows - 1) / task_rows, [&](std::int64_t task) {
+    const std::int64_t last = std::min(out.rows, (task + 1) * task_rows);
+    for (std::int64_t row = task * task_rows; row < last; ++row) {
+      const char* before = static_cast<const char*>(w_old.data) + row * w_old.row_stride * element;
+      const char* after = static_cast<const char*>(w_new.data) + row * w_new.row_stride * element;
+      char* target = static_cast<char*>(out.data) + row * out.row_stride * element;
+      if (axis == MaskAxis::input) {
+        merge_row(before, after, mask, factor, target, out.columns, stream);
+      } else if (mask[row] == 0) {
+        merge_row(before, after, nullptr, factor, target, out.columns, stream);
+      } else if (target != before) {
+        std::memcpy(target, before, static_cast<std::size_t>(row_bytes));
+      }
+    }
+  });
+  return {};
+}
+
+}  // namespace hpa::cpu

@@ -1,0 +1,111 @@
+// Inner loop of project_merge: one row, M * w_old + (1 - M) * (w_new - c * w_old).
+//
+// Product and difference are rounded one after the other, as the expression is in torch, so that every instruction
+// set writes the same bits; the loop waits for memory in any case.
+#include "cpu/simd/convert.h"
+#include "cpu/simd/kernels.h"
+
+namespace hpa::cpu::HPA_ISA {
+namespace {
+
+HPA_INLINE F32 choose(const std::uint8_t* mask, F32 retained, F32 merged) {
+  const U32 keep = (U32)(__builtin_convertvector(load_vector<U8>(mask), U32) != 0u);
+  return (F32)((keep & (U32)retained) | (~keep & (U32)merged));
+}
+HPA_INLINE U16 choose(const std::uint8_t* mask, U16 retained, U16 merged) {
+  const U16 keep = (U16)(__builtin_convertvector(load_vector<U8>(mask), U16) != static_cast<std::uint16_t>(0));
+  return (keep & retained) | (~keep & merged);
+}
+
+// Past the caches, for output that nobody reads soon: saves reading each line before it is written.
+template <typename V>
+HPA_INLINE void store_past_caches(void* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+  } else {
+    _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+  } else {
+    _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+  }
+#else
+  __builtin_memcpy(p, &v, sizeof(V));
+#endif
+}
+
+template <typename T, bool kMasked, bool kStream>
+HPA_INLINE void merge(const T* w_old, const T* w_new, const std::uint8_t* mask, F32 coefficient, T* out) {
+  const Stored<T> before = load_stored(w_old);
+  Stored<T> result = narrow(load(w_new) - coefficient * widen(before, w_old), out);
+  if constexpr (kMasked) result = choose(mask, before, result);
+  if constexpr (kStream) {
+    store_past_caches(out, result);
+  } else {
+    store_vector(out, result);
+  }
+}
+
+template <typename T, bool kMasked>
+void merge_part(const T* w_old, const T* w_new, const std::uint8_t* mask, F32 coefficient, T* out, std::int64_t count) {
+  T before[kLanes] = {}, after[kLanes] = {}, result[kLanes];
+  std::uint8_t keep[kLanes] = {};
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+  __builtin_memcpy(before, w_old, bytes);
+  __builtin_memcpy(after, w_new, bytes);
+  if constexpr (kMasked) __builtin_memcpy(keep, mask, static_cast<std::size_t>(count));
+  merge<T, kMasked, false>(before, after, keep, coefficient, result);
+  __builtin_memcpy(out, result, bytes);
+}
+
+template <typename T, bool kMasked>
+void merge_columns(const T* w_old, const T* w_new, const std::uint8_t* mask, float coefficient, T* out,
+                   std::int64_t columns, bool stream) {
+  const F32 factor = broadcast(coefficient);
+  const std::uintptr_t misaligned = reinterpret_cast<std::uintptr_t>(out) % sizeof(Stored<T>);
+  std::int64_t j = 0;
+  if (stream && misaligned % sizeof(T) == 0) {
+    const std::int64_t first =
+        static_cast<std::int64_t>((sizeof(Stored<T>) - misaligned) % sizeof(Stored<T>) / sizeof(T));
+    j = first < columns ? first : columns;
+    if (j > 0) merge_part<T, kMasked>(w_old, w_new, mask, factor, out, j);
+    for (; j + kLanes <= columns; j += kLanes) {
+      merge<T, kMasked, true>(w_old + j, w_new + j, kMasked ? mask + j : nullptr, factor, out + j);
+    }
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+  }
+  for (; j + kLanes <= columns; j += kLanes) {
+    merge<T, kMasked, false>(w_old + j, w_new + j, kMasked ? mask + j : nullptr, factor, out + j);
+  }
+  if (j < columns) {
+    merge_part<T, kMasked>(w_old + j, w_new + j, kMasked ? mask + j : nullptr, factor, out + j, columns - j);
+  }
+}
+
+template <typename T>
+void merge_row(const void* w_old, const void* w_new, const std::uint8_t* mask, float coefficient, void* out,
+               std::int64_t columns, bool stream) {
+  const T* before = static_cast<const T*>(w_old);
+  const T* after = static_cast<const T*>(w_new);
+  T* result = static_cast<T*>(out);
+  if (mask != nullptr) {
+    merge_columns<T, true>(before, after, mask, coefficient, result, columns, stream);
+  } else {
+    merge_columns<T, false>(before, after, mask, coefficient, result, columns, stream);
+  }
+}
+
+}  // namespace
+
+void fill_project_merge(Kernels& kernels) {
+  kernels.merge_row[0] = merge_row<float>;
+  kernels.merge_row[1] = merge_row<Float16>;
+  kernels.merge_row[2] = merge_row<BFloat16>;
+}
+
+}  // namespace hpa::cpu::HPA_ISA
