@@ -1,0 +1,30 @@
+// Stands in for every CUDA kernel in a build without nvcc: each operation answers that it is not there.
+#include "hpa/hpa.h"
+
+namespace hpa::cuda {
+namespace {
+constexpr Status kAbsent = Status::unavailable("hpa_ext was built without CUDA kernels: no nvcc was found");
+}
+
+std::int32_t device_count() { return 0; }
+const char* error_text(std::int32_t) { return "built without CUDA"; }
+
+std::size_t gram_workspace_bytes(ConstMatrix) { return 0; }
+Status gram_accumulate(ConstMatrix, const std::uint8_t*, float*, std::int64_t, void*, Stream) { return kAbsent; }
+
+std::size_t inverse_diagonal_workspace_bytes(std::int64_t, std::int64_t, Precision) { return 0; }
+Status inverse_diagonal(MatrixBatch, double, Precision, InverseDiagonalResult, void*, Stream) { return kAbsent; }
+
+std::size_t column_scores_workspace_bytes(std::int64_t, std::int64_t) { return 0; }
+Status column_scores(ConstMatrix, ConstMatrix, ColumnScores, void*, Stream) { return kAbsent; }
+
+Status column_mask(ColumnMaskArguments, Stream) { return kAbsent; }
+
+Status project_merge(ConstMatrix, ConstMatrix, const std::uint8_t*, MaskAxis, const float*, Matrix, Stream) {
+  return kAbsent;
+}
+
+std::size_t routed_lora_workspace_bytes(const RoutedLoraArguments&) { return 0; }
+Status routed_lora(RoutedLoraArguments, void*, Stream) { return kAbsent; }
+
+}  // namespace hpa::cuda

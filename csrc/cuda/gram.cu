@@ -1,0 +1,278 @@
+// gram: G += sum over counted tokens of x^T x (HPA section 3), one triangle of 128 x 128 tiles computed, both written.
+//
+// 16-bit dtypes: mma.sync m16n8k16 with float32 accumulation for sm_80 and up. x is [tokens, in], so both operands are
+// contiguous along the outputs; ldmatrix.trans turns them. float32: the same pipeline with float32 FMA, exact products
+// and no splitting. The block that owns a tile adds it to G itself; with few tiles the tokens are split over blocks
+// that write partial tiles, added in a fixed order by a second kernel. Tensor cores truncate into their accumulator, so
+// sums leave the registers at least every 8192 tokens. Emulated on the CPU only; not yet run on a GPU (docs/kernels.md).
+#include "hpa/gram.h"
+
+#include <type_traits>
+
+#include "cuda/check.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/numeric.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/tile_pipeline.cuh"
+
+namespace hpa::cuda {
+namespace {
+
+constexpr int kTile = 128;
+constexpr int kTileElements = kTile * kTile;
+#ifndef HPA_GRAM_FLUSH_TOKENS  // the emulation tests lower it, to come by several flushes
+#define HPA_GRAM_FLUSH_TOKENS 8192
+#endif
+constexpr std::int64_t kFlushTokens = HPA_GRAM_FLUSH_TOKENS;
+static_assert(kFlushTokens % 32 == 0, "whole stages");
+// Two blocks on each of 132 multiprocessors; a constant, so that results do not depend on the device.
+constexpr std::int64_t kTargetBlocks = 264;
+constexpr std::int64_t kLeastSplitTokens = 512;
+constexpr std::int64_t kMaximumColumns = std::int64_t{1} << 22;
+
+// How the work is cut, from the sizes alone.
+struct Cut {
+  std::int64_t tiles, splits, tokens_per_split;
+};
+
+Cut cut_of(std::int64_t tokens, std::int64_t columns) {
+  const std::int64_t side = ceil_div<std::int64_t>(columns, kTile);
+  Cut cut{side * (side + 1) / 2, 1, tokens};
+  if (cut.tiles == 0 || cut.tiles > kTargetBlocks / 2) return cut;
+  const std::int64_t wanted = smaller(ceil_div(kTargetBlocks, cut.tiles), tokens / kLeastSplitTokens);
+  if (wanted <= 1) return cut;
+  cut.tokens_per_split = round_up<std::int64_t>(ceil_div(tokens, wanted), 32);
+  cut.splits = ceil_div(tokens, cut.tokens_per_split);
+  return cut;
+}
+
+struct Gram {
+  const std::uint8_t* token_mask;  // [tokens] or null
+  float* gram;                     // [in, in]
+  float* parts;                    // [splits, tiles, 128, 128], null without splitting
+  std::int64_t x_stride, gram_stride, tokens, in, tokens_per_split;
+};
+
+// 16-bit dtypes: 4 warps as 2 x 2, each 64 x 64 of the tile.
+template <class T>
+struct TensorTile {
+  static constexpr int kThreads = 128;
+  float sums[4][8][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add(const T* p, const T* q) {
+    using Layout = StageLayout<T>;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    const int matrix = lane / 8, matrix_row = lane % 8;
+#pragma unroll
+    for (int k = 0; k < Layout::kRows; k += 16) {
+      // ldmatrix.trans wants, in registers 0..3 of a: (m, k) = (0, 0), (8, 0), (0, 8), (8, 8); of two b: (k, n) = (0, 0),
+      // (8, 0), (0, 8), (8, 8).
+      std::uint32_t a[4][4], b[4][4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const int chunk = (warp / 2) * 8 + m * 2 + matrix % 2;
+        ptx::ldmatrix_x4_trans(a[m], p + Layout::offset(k + (matrix / 2) * 8 + matrix_row, chunk));
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const int chunk = (warp % 2) * 8 + n * 2 + matrix / 2;
+        ptx::ldmatrix_x4_trans(b[n], q + Layout::offset(k + (matrix % 2) * 8 + matrix_row, chunk));
+      }
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          if constexpr (std::is_same_v<T, BFloat16>) {
+            ptx::mma_m16n8k16_bf16(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+          } else {
+            ptx::mma_m16n8k16_f16(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+          }
+        }
+      }
+    }
+  }
+
+  // This thread's elements by number: where the first lies in the tile, and how far from it the others.
+  static constexpr int kElements = 128;
+  static constexpr int kGroup = 16;
+  static __device__ __forceinline__ int first_row() {
+    return threadIdx.x / (2 * kWarp) * 64 + threadIdx.x % kWarp / 4;
+  }
+  static __device__ __forceinline__ int first_column() {
+    return threadIdx.x / kWarp % 2 * 64 + threadIdx.x % 4 * 2;
+  }
+  static __host__ __device__ constexpr int row_offset(int e) { return e / 32 * 16 + e / 2 % 2 * 8; }
+  static __host__ __device__ constexpr int column_offset(int e) { return e / 4 % 8 * 8 + e % 2; }
+  __device__ __forceinline__ float value_of(int e) const { return sums[e / 32][e / 4 % 8][e % 4]; }
+};
+
+struct FloatTile : ScalarTile<float> {
+  static constexpr int kElements = kSide * kSide;
+  static constexpr int kGroup = 8;
+  static __device__ __forceinline__ int first_row() { return row(0); }
+  static __device__ __forceinline__ int first_column() { return column(0); }
+  static __host__ __device__ constexpr int row_offset(int e) { return e / kSide % 4 + e / kSide / 4 * 64; }
+  static __host__ __device__ constexpr int column_offset(int e) { return e % kSide % 4 + e % kSide / 4 * 64; }
+  __device__ __forceinline__ float value_of(int e) const { return sums[e / kSide][e % kSide]; }
+};
+
+template <class T>
+struct TileFor {
+  using type = TensorTile<T>;
+};
+template <>
+struct TileFor<float> {
+  using type = FloatTile;
+};
+
+// Adds a tile to G at both places; a tile on the diagonal gives its lower triangle alone, so that G stays symmetric.
+// A group of elements is read before the first of it is written: the compiler may not move a read over a write, and
+// one by one they would each wait for memory.
+template <class Tile>
+__device__ __forceinline__ void add_to_gram(const Tile& tile, float* gram, std::int64_t stride, std::int64_t in,
+                                            std::int64_t tile_row, std::int64_t tile_column) {
+  constexpr int kGroup = Tile::kGroup;
+  const std::int64_t row = tile_row + Tile::first_row(), column = tile_column + Tile::first_column();
+  float* const lower = gram + row * stride + column;
+  float* const upper = gram + column * stride + row;
+  const int rows_left = static_cast<int>(smaller<std::int64_t>(in - row, kTile));
+  const int below = static_cast<int>(row - column);  // how far the thread's first element lies below the diagonal
+#pragma unroll
+  for (int start = 0; start < Tile::kElements; start += kGroup) {
+    float lower_values[kGroup], upper_values[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int r = Tile::row_offset(start + i), c = Tile::column_offset(start + i);
+      const bool inside = r < rows_left;
+      lower_values[i] = inside && c - r <= below ? lower[r * stride + c] : 0.0f;
+      upper_values[i] = inside && c - r < below ? upper[c * stride + r] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int r = Tile::row_offset(start + i), c = Tile::column_offset(start + i);
+      const bool inside = r < rows_left;
+      if (inside && c - r <= below) lower[r * stride + c] = lower_values[i] + tile.value_of(start + i);
+      if (inside && c - r < below) upper[c * stride + r] = upper_values[i] + tile.value_of(start + i);
+    }
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void add_to_part(const Tile& tile, float* part, bool fresh) {
+  constexpr int kGroup = Tile::kGroup;
+  float* const own = part + Tile::first_row() * kTile + Tile::first_column();
+#pragma unroll
+  for (int start = 0; start < Tile::kElements; start += kGroup) {
+    float before[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      before[i] = fresh ? 0.0f : own[Tile::row_offset(start + i) * kTile + Tile::column_offset(start + i)];
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      own[Tile::row_offset(start + i) * kTile + Tile::column_offset(start + i)] = before[i] + tile.value_of(start + i);
+    }
+  }
+}
+
+// blockIdx.x: the tile; blockIdx.y: the split.
+template <class T, bool kVectorized>
+__global__ void __launch_bounds__(TileFor<T>::type::kThreads, 2) add_tiles(const T* x, Gram g) {  // x [tokens, in]
+  using Tile = typename TileFor<T>::type;
+  using Loader = StageLoader<T, Tile::kThreads, kVectorized>;
+  HPA_DYNAMIC_SHARED(memory);
+  const TilePlace place = triangle_place(blockIdx.x);
+  const bool diagonal = place.row == place.column;
+  const std::int64_t first_row = static_cast<std::int64_t>(place.row) * kTile;
+  const std::int64_t first_column = static_cast<std::int64_t>(place.column) * kTile;
+  const Loader row_loader(x, g.x_stride, first_row, g.in, g.token_mask);
+  const Loader column_loader(x, g.x_stride, first_column, g.in, g.token_mask);
+  const std::int64_t begin = blockIdx.y * g.tokens_per_split;
+  const std::int64_t end = smaller(g.tokens, begin + g.tokens_per_split);
+
+  Tile tile;
+  for (std::int64_t from = begin; from < end; from += kFlushTokens) {
+    tile.clear();
+    run_stages(row_loader, column_loader, diagonal, reinterpret_cast<T*>(memory), from,
+               smaller(end, from + kFlushTokens), [&](const T* p, const T* q) { tile.add(p, q); });
+    if (g.parts == nullptr) {
+      add_to_gram(tile, g.gram, ptx::opaque(g.gram_stride), g.in, ptx::opaque(first_row), ptx::opaque(first_column));
+    } else {
+      add_to_part(tile, ptx::opaque(g.parts + (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * kTileElements),
+                  from == begin);
+    }
+  }
+}
+
+// Adds the partial tiles to G: a block takes 32 x 32 of a tile and turns it in shared memory, so that both places are
+// written row by row. blockIdx.x: the tile; blockIdx.y: its part.
+constexpr int kPart = 32;
+constexpr int kPartsPerSide = kTile / kPart;
+
+__global__ void __launch_bounds__(256) add_parts(Gram g, std::int64_t splits) {
+  HPA_SHARED(turned, float[kPart][kPart + 1]);
+  const TilePlace place = triangle_place(blockIdx.x);
+  const int part_row = blockIdx.y / kPartsPerSide * kPart, part_column = blockIdx.y % kPartsPerSide * kPart;
+  const int lane = threadIdx.x % kPart;
+  const std::int64_t first_row = static_cast<std::int64_t>(place.row) * kTile + part_row;
+  const std::int64_t first_column = static_cast<std::int64_t>(place.column) * kTile + part_column;
+  for (int r = threadIdx.x / kPart; r < kPart; r += 256 / kPart) {
+    const float* const source = g.parts + static_cast<std::int64_t>(blockIdx.x) * kTileElements +
+                                (part_row + r) * kTile + part_column + lane;
+    float total = 0.0f;
+    for (std::int64_t split = 0; split < splits; ++split) total += source[split * gridDim.x * kTileElements];
+    turned[r][lane] = total;
+    const std::int64_t row = first_row + r, column = first_column + lane;
+    if (row < g.in && column <= row) g.gram[row * g.gram_stride + column] += total;
+  }
+  __syncthreads();
+  for (int c = threadIdx.x / kPart; c < kPart; c += 256 / kPart) {
+    const std::int64_t row = first_row + lane, column = first_column + c;
+    if (row < g.in && column < row) g.gram[column * g.gram_stride + row] += turned[lane][c];
+  }
+}
+
+}  // namespace
+
+std::size_t gram_workspace_bytes(ConstMatrix x) {
+  if (x.rows <= 0 || x.columns <= 0) return 0;
+  const Cut cut = cut_of(x.rows, x.columns);
+  if (cut.splits <= 1) return 0;
+  return static_cast<std::size_t>(cut.splits * cut.tiles) * kTileElements * sizeof(float);
+}
+
+Status gram_accumulate(ConstMatrix x, const std::uint8_t* token_mask, float* gram, std::int64_t gram_stride,
+                       void* workspace, Stream stream) {
+  HPA_REQUIRE_MATRIX(x);
+  HPA_REQUIRE(gram_stride >= x.columns || x.columns <= 1, "gram_stride: must be at least the columns of x");
+  if (is_empty(x)) return {};
+  HPA_REQUIRE(gram != nullptr, "gram: must not be null");
+  const Cut cut = cut_of(x.rows, x.columns);
+  HPA_REQUIRE(x.columns <= kMaximumColumns && cut.tiles <= kMaximumGrid, "x: too many columns");
+  if (cut.splits > 1) HPA_REQUIRE_WORKSPACE(workspace);
+  const Gram g{token_mask,         gram,        cut.splits > 1 ? static_cast<float*>(workspace) : nullptr,
+               x.row_stride,       gram_stride, x.rows,
+               x.columns,          cut.tokens_per_split};
+  const Status multiplied = with_dtype(x.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return with_bool(rows_aligned16(x), [&](auto flag) {
+      return launch(add_tiles<T, decltype(flag)::value>, grid_of(cut.tiles, cut.splits), TileFor<T>::type::kThreads,
+                    kPipelineBytes, stream, static_cast<const T*>(x.data), g);
+    });
+  });
+  if (!multiplied.ok() || cut.splits <= 1) return multiplied;
+  return launch(add_parts, grid_of(cut.tiles, kPartsPerSide * kPartsPerSide), 256, 0, stream, g, cut.splits);
+}
+
+}  // namespace hpa::cuda
