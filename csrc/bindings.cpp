@@ -1,0 +1,204 @@
+// The only native file that knows Python. Tensors arrive as addresses and sizes: hpa_ext/ops/ has checked them, and
+// owns memory, dispatch and streams. Every call releases the GIL.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "hpa/hpa.h"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void raise_unless_ok(hpa::Status status) {
+  switch (status.code) {
+    case hpa::StatusCode::ok:
+      return;
+    case hpa::StatusCode::invalid_argument:
+      throw py::value_error(status.message);
+    case hpa::StatusCode::unavailable:
+      throw std::runtime_error(status.message);
+    case hpa::StatusCode::device_error:
+      throw std::runtime_error(std::string(status.message) + ": " + hpa::cuda::error_text(status.device_code) +
+                               " (CUDA error " + std::to_string(status.device_code) + ")");
+  }
+}
+
+// Runs `operation` without the GIL and turns its Status into an exception once the GIL is held again.
+template <typename Operation>
+void call(Operation&& operation) {
+  hpa::Status status;
+  {
+    py::gil_scoped_release release;
+    status = operation();
+  }
+  raise_unless_ok(status);
+}
+
+hpa::ConstMatrix matrix(Address data, int dtype, std::int64_t rows, std::int64_t columns, std::int64_t row_stride) {
+  return {pointer<const void>(data), static_cast<hpa::DType>(dtype), rows, columns, row_stride};
+}
+
+void bind_cpu(py::module_ m) {
+  using namespace hpa;
+  m.def("set_thread_count", &cpu::set_thread_count);
+  m.def("thread_count", &cpu::thread_count);
+  m.def("available_instruction_sets", &cpu::available_instruction_sets);
+  m.def("instruction_set", &cpu::instruction_set);
+  m.def("set_instruction_set", [](const std::string& name) { raise_unless_ok(cpu::set_instruction_set(name.c_str())); });
+
+  m.def("gram_accumulate", [](Address x, int dtype, std::int64_t tokens, std::int64_t in, std::int64_t stride,
+                              Address mask, Address gram, std::int64_t gram_stride) {
+    call([&] {
+      return cpu::gram_accumulate(matrix(x, dtype, tokens, in, stride), pointer<const std::uint8_t>(mask),
+                                  pointer<float>(gram), gram_stride);
+    });
+  });
+  m.def("inverse_diagonal",
+        [](Address h, std::int64_t batch, std::int64_t size, std::int64_t batch_stride, std::int64_t row_stride,
+           double damping, bool float64, Address diagonal, Address failed_minor, Address smallest_pivot) {
+          call([&] {
+            return cpu::inverse_diagonal({pointer<const float>(h), batch, size, batch_stride, row_stride}, damping,
+                                         float64 ? Precision::float64 : Precision::float32,
+                                         {pointer<float>(diagonal), pointer<std::int32_t>(failed_minor),
+                                          pointer<float>(smallest_pivot)});
+          });
+        });
+  m.def("column_scores", [](Address w_old, std::int64_t old_stride, Address w_new, std::int64_t new_stride, int dtype,
+                            std::int64_t rows, std::int64_t columns, Address squared_update, Address inner_product,
+                            Address old_squared_norm) {
+    call([&] {
+      return cpu::column_scores(
+          matrix(w_old, dtype, rows, columns, old_stride), matrix(w_new, dtype, rows, columns, new_stride),
+          {pointer<float>(squared_update), pointer<float>(inner_product), pointer<float>(old_squared_norm)});
+    });
+  });
+  m.def("column_mask", [](Address scores, Address eligible, Address counts, Address mask, std::int64_t batch,
+                          std::int64_t columns) {
+    call([&] {
+      return cpu::column_mask({pointer<const float>(scores), pointer<const std::uint8_t>(eligible),
+                               pointer<const std::int64_t>(counts), pointer<std::uint8_t>(mask), batch, columns});
+    });
+  });
+  m.def("project_merge", [](Address w_old, std::int64_t old_stride, Address w_new, std::int64_t new_stride, Address out,
+                            std::int64_t out_stride, int dtype, std::int64_t rows, std::int64_t columns, Address mask,
+                            bool mask_rows, Address coefficient) {
+    call([&] {
+      return cpu::project_merge(
+          matrix(w_old, dtype, rows, columns, old_stride), matrix(w_new, dtype, rows, columns, new_stride),
+          pointer<const std::uint8_t>(mask), mask_rows ? MaskAxis::output : MaskAxis::input,
+          pointer<const float>(coefficient),
+          {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
+    });
+  });
+  m.def("routed_lora", [](Address x, Address a, Address b, Address weights, Address scaling, Address output, int dtype,
+                          std::int64_t batch, std::int64_t tokens, std::int64_t in, std::int64_t out,
+                          std::int64_t tasks, std::int64_t rank) {
+    call([&] {
+      return cpu::routed_lora({pointer<const void>(x), pointer<const void>(a), pointer<const void>(b),
+                               pointer<const float>(weights), pointer<const float>(scaling), pointer<void>(output),
+                               static_cast<DType>(dtype), batch, tokens, in, out, tasks, rank});
+    });
+  });
+}
+
+void bind_cuda(py::module_ m) {
+  using namespace hpa;
+  m.def("device_count", &cuda::device_count);
+
+  m.def("gram_workspace_bytes", [](int dtype, std::int64_t tokens, std::int64_t in, std::int64_t stride) {
+    return cuda::gram_workspace_bytes(matrix(0, dtype, tokens, in, stride));
+  });
+  m.def("gram_accumulate", [](Address x, int dtype, std::int64_t tokens, std::int64_t in, std::int64_t stride,
+                              Address mask, Address gram, std::int64_t gram_stride, Address workspace, Address stream) {
+    call([&] {
+      return cuda::gram_accumulate(matrix(x, dtype, tokens, in, stride), pointer<const std::uint8_t>(mask),
+                                   pointer<float>(gram), gram_stride, pointer<void>(workspace), pointer<void>(stream));
+    });
+  });
+  m.def("inverse_diagonal_workspace_bytes", [](std::int64_t batch, std::int64_t size, bool float64) {
+    return cuda::inverse_diagonal_workspace_bytes(batch, size, float64 ? Precision::float64 : Precision::float32);
+  });
+  m.def("inverse_diagonal",
+        [](Address h, std::int64_t batch, std::int64_t size, std::int64_t batch_stride, std::int64_t row_stride,
+           double damping, bool float64, Address diagonal, Address failed_minor, Address smallest_pivot,
+           Address workspace, Address stream) {
+          call([&] {
+            return cuda::inverse_diagonal({pointer<const float>(h), batch, size, batch_stride, row_stride}, damping,
+                                          float64 ? Precision::float64 : Precision::float32,
+                                          {pointer<float>(diagonal), pointer<std::int32_t>(failed_minor),
+                                           pointer<float>(smallest_pivot)},
+                                          pointer<void>(workspace), pointer<void>(stream));
+          });
+        });
+  m.def("column_scores_workspace_bytes", &cuda::column_scores_workspace_bytes);
+  m.def("column_scores", [](Address w_old, std::int64_t old_stride, Address w_new, std::int64_t new_stride, int dtype,
+                            std::int64_t rows, std::int64_t columns, Address squared_update, Address inner_product,
+                            Address old_squared_norm, Address workspace, Address stream) {
+    call([&] {
+      return cuda::column_scores(
+          matrix(w_old, dtype, rows, columns, old_stride), matrix(w_new, dtype, rows, columns, new_stride),
+          {pointer<float>(squared_update), pointer<float>(inner_product), pointer<float>(old_squared_norm)},
+          pointer<void>(workspace), pointer<void>(stream));
+    });
+  });
+  m.def("column_mask", [](Address scores, Address eligible, Address counts, Address mask, std::int64_t batch,
+                          std::int64_t columns, Address stream) {
+    call([&] {
+      return cuda::column_mask({pointer<const float>(scores), pointer<const std::uint8_t>(eligible),
+                                pointer<const std::int64_t>(counts), pointer<std::uint8_t>(mask), batch, columns},
+                               pointer<void>(stream));
+    });
+  });
+  m.def("project_merge", [](Address w_old, std::int64_t old_stride, Address w_new, std::int64_t new_stride, Address out,
+                            std::int64_t out_stride, int dtype, std::int64_t rows, std::int64_t columns, Address mask,
+                            bool mask_rows, Address coefficient, Address stream) {
+    call([&] {
+      return cuda::project_merge(
+          matrix(w_old, dtype, rows, columns, old_stride), matrix(w_new, dtype, rows, columns, new_stride),
+          pointer<const std::uint8_t>(mask), mask_rows ? MaskAxis::output : MaskAxis::input,
+          pointer<const float>(coefficient), {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride},
+          pointer<void>(stream));
+    });
+  });
+  m.def("routed_lora_workspace_bytes", [](std::int64_t batch, std::int64_t tokens, std::int64_t tasks,
+                                          std::int64_t rank) {
+    RoutedLoraArguments arguments{};
+    arguments.batch = batch, arguments.tokens = tokens, arguments.tasks = tasks, arguments.rank = rank;
+    return cuda::routed_lora_workspace_bytes(arguments);
+  });
+  m.def("routed_lora", [](Address x, Address a, Address b, Address weights, Address scaling, Address output, int dtype,
+                          std::int64_t batch, std::int64_t tokens, std::int64_t in, std::int64_t out,
+                          std::int64_t tasks, std::int64_t rank, Address workspace, Address stream) {
+    call([&] {
+      return cuda::routed_lora({pointer<const void>(x), pointer<const void>(a), pointer<const void>(b),
+                                pointer<const float>(weights), pointer<const float>(scaling), pointer<void>(output),
+                                static_cast<DType>(dtype), batch, tokens, in, out, tasks, rank},
+                               pointer<void>(workspace), pointer<void>(stream));
+    });
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native operations of hpa_ext; use hpa_ext.ops, which checks what this module takes on trust.";
+  m.def("build_info", [] {
+    const hpa::BuildInfo info = hpa::build_info();
+    py::dict result;
+    result["version"] = info.version;
+    result["compiler"] = info.compiler;
+    result["cuda_version"] = info.cuda_version;
+    result["cuda_architectures"] = info.cuda_architectures;
+    return result;
+  });
+  bind_cpu(m.def_submodule("cpu", "Operations on host memory."));
+  bind_cuda(m.def_submodule("cuda", "Operations on device memory, launched on a stream."));
+}

@@ -1,0 +1,85 @@
+"""Which implementation serves a call: the native kernel, or the reference in plain torch.
+
+Eager calls on plain tensors go straight to the native module (a few microseconds). Calls that are being traced, or made
+under a dispatch mode or with a tensor subclass, go through ``torch.ops.hpa_ext`` (registered in _library.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from hpa_ext import _C
+
+DTYPE_TAGS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# A CUDA kernel serves its operation by default once it has passed the tests on a GPU and its measurement lies under
+# benchmarks/results/. None has run on a GPU yet.
+CUDA_VERIFIED: frozenset[str] = frozenset()
+
+_forced_cuda: ContextVar[bool | None] = ContextVar("hpa_ext_native_cuda", default=None)
+
+
+@contextmanager
+def native_cuda(enabled: bool = True) -> Iterator[None]:
+    """Within the context, CUDA tensors are served by the native kernels (or, with False, by torch), verified or not."""
+    token = _forced_cuda.set(bool(enabled))
+    try:
+        yield
+    finally:
+        _forced_cuda.reset(token)
+
+
+def backend_of(operation: str, tensor: Tensor) -> str:
+    """"native" or "torch": what serves `operation` for tensors of this device and dtype."""
+    if tensor.dtype not in DTYPE_TAGS:
+        return "torch"
+    kind = tensor.device.type
+    if kind == "cpu":
+        return "native"
+    if kind == "cuda" and torch.version.cuda is not None and _C.build_info()["cuda_version"]:
+        forced = _forced_cuda.get()
+        if forced or (forced is None and operation in CUDA_VERIFIED):
+            return "native"
+    return "torch"
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether the call must go through the dispatcher: compilation, fake tensors, modes and subclasses."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+
+
+def use_torch_threads() -> None:
+    """Share torch's thread setting with the native kernels."""
+    _C.cpu.set_thread_count(torch.get_num_threads())
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The address of torch's current stream on the tensor's device."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def workspace(size: int, tensor: Tensor) -> Tensor:
+    """Device memory for a kernel, from torch's allocator and hence ordered on the current stream."""
+    return torch.empty(max(size, 1), dtype=torch.uint8, device=tensor.device)
+
+
+def unit_stride(matrix: Tensor) -> Tensor:
+    """The matrix itself if its columns are adjacent and its rows do not overlap, else a contiguous copy."""
+    rows, columns = matrix.shape
+    adjacent = columns <= 1 or matrix.stride(1) == 1
+    apart = rows <= 1 or matrix.stride(0) >= columns
+    return matrix if adjacent and apart else matrix.contiguous()
+
+
+def row_stride(matrix: Tensor) -> int:
+    """Elements between rows, with the meaningless strides of a single row made regular."""
+    return max(matrix.stride(0), matrix.shape[1], 1) if matrix.shape[0] > 1 else max(matrix.shape[1], 1)

@@ -1,0 +1,207 @@
+"""inverse_diagonal: the diagonal of a damped Gram's inverse, and what to do when the factorisation fails."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpa_ext import _C, reference
+from hpa_ext.errors import NumericalError
+from hpa_ext.ops._backend import backend_of, is_traced, stream_of, use_torch_threads, workspace
+from hpa_ext.ops._checks import check_tensor, describe, is_number
+from hpa_ext.ops._library import register
+
+RESCUES = ("damping", "precision", "none")
+
+# Below this, the smallest pivot of the unit-diagonal matrix has lost too many of float32's digits: the squared column
+# norms of L^-1 carry a relative error of about 10 eps / pivot. The matrix is then factored again in float64.
+SMALLEST_FLOAT32_PIVOT = 1e-4
+
+_DAMPING_STEP = 10.0
+_LARGEST_DAMPING = 1.0
+_FIRST_DAMPING_OF_NONE = 1e-4
+_ASYMMETRY_TOLERANCE = 1e-3
+_STRIP = 512
+
+
+@dataclass(frozen=True)
+class InverseDiagonal:
+    """A diagonal and how it came about.
+
+    Attributes:
+        diagonal: ``[..., in]`` of the dtype of h.
+        damping_used: float64 ``[...]``, the relative damping that the factorisation succeeded with.
+        precision_bits: int32 ``[...]``, 32 or 64, the precision that it succeeded in.
+        failed_minor: int32 ``[...]``, 0 on success; only ``check=False`` lets another value through.
+    """
+
+    diagonal: Tensor
+    damping_used: Tensor
+    precision_bits: Tensor
+    failed_minor: Tensor
+
+
+def inverse_diagonal(
+    h: Tensor,
+    damping: float = 0.01,
+    *,
+    rescue: str = "damping",
+    check: bool = True,
+    return_report: bool = False,
+) -> Tensor | InverseDiagonal:
+    """``diag((H + damping * mean(diag H) * I)^-1)`` of each matrix, without forming the inverse.
+
+    Args:
+        h: ``[..., in, in]`` float32 (float64 through torch), symmetric positive semidefinite; a batch is independent
+            matrices. Not changed.
+        damping: relative to the mean of the diagonal, at least 0. HPA uses 0.01.
+        rescue: what may be done when float32 does not suffice. "damping": float64, then ten times more damping at a
+            time up to 1; "precision": float64 only; "none": neither. Every rescue is in the report.
+        check: look at the outcome on the host, which synchronises with a device. With False no rescue happens, nothing
+            is raised for the values, and a matrix that failed has a NaN diagonal; needed inside a CUDA graph.
+        return_report: return an `InverseDiagonal` instead of the diagonal alone.
+
+    Returns:
+        ``[..., in]`` of the dtype of h, in the inverse of its unit.
+
+    Raises:
+        NumericalError: h holds NaN or Inf (``failing_minor == -1``); is zero; or stays indefinite after the rescue
+            (``failing_minor`` is the order of the leading minor that is not positive, ``damping`` the one in force).
+        TypeError, ValueError: h is no float32 or float64 square matrix or is not symmetric; damping or rescue is off.
+
+    The matrix is scaled to unit diagonal, ``A = D^-1/2 (H + delta I) D^-1/2 = L L^T``, and entry j is the squared norm
+    of column j of ``L^-1``, over ``D_jj``. This is the true diagonal of the inverse, not the squared diagonal of the
+    Cholesky factor of the inverse that SparseGPT-like code uses (a conditional variance). Not differentiable.
+    """
+    if not is_number(damping) or not math.isfinite(damping) or damping < 0:
+        raise ValueError(f"damping: expected a finite number, at least 0, got {damping!r}")
+    if is_traced(h):
+        parts = torch.ops.hpa_ext.inverse_diagonal(h.detach(), float(damping), rescue, check)
+    else:
+        parts = _inverse_diagonal(h, float(damping), rescue, check)
+    return InverseDiagonal(*parts) if return_report else parts[0]
+
+
+def _fake(
+    h: Tensor, damping: float = 0.01, rescue: str = "damping", check: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_tensor("h", h, "[..., in, in]", None, (torch.float32, torch.float64))
+    if h.dim() < 2 or h.shape[-1] != h.shape[-2]:
+        raise ValueError(f"h: expected square matrices [..., in, in], got {describe(h)}")
+    if rescue not in RESCUES:
+        raise ValueError(f"rescue: expected one of {', '.join(RESCUES)}, got {rescue!r}")
+    batch = h.shape[:-2]
+    return (
+        torch.empty(h.shape[:-1], dtype=h.dtype, device=h.device),
+        torch.full(batch, damping, dtype=torch.float64, device=h.device),
+        torch.full(batch, 64 if h.dtype == torch.float64 else 32, dtype=torch.int32, device=h.device),
+        torch.empty(batch, dtype=torch.int32, device=h.device),
+    )
+
+
+def _inverse_diagonal(
+    h: Tensor, damping: float = 0.01, rescue: str = "damping", check: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    diagonal, damping_used, bits, failed = _fake(h, damping, rescue, check)
+    size = h.shape[-1]
+    if diagonal.numel() == 0:
+        return diagonal, damping_used, bits, failed.zero_()
+    matrices = h.detach().reshape(-1, size, size)
+    flat = (diagonal.view(-1, size), damping_used.view(-1), bits.view(-1), failed.view(-1))
+    flat[0][:], flat[3][:], pivot = _attempt(matrices, damping, h.dtype == torch.float64)
+    if not check:
+        return diagonal, damping_used, bits, failed
+    # NaN compares unequal to itself, so symmetry is judged after the attempt has told NaN and Inf apart.
+    _raise_not_finite(flat[3], damping)
+    _check_symmetric(matrices)
+    weak = (flat[3] != 0) | ((flat[2] == 32) & (pivot < SMALLEST_FLOAT32_PIVOT))
+    for index in weak.nonzero().flatten().tolist():
+        _rescue(matrices[index : index + 1], index, damping, rescue, flat)
+    return diagonal, damping_used, bits, failed
+
+
+def _rescue(matrix: Tensor, index: int, damping: float, rescue: str, flat: tuple[Tensor, ...]) -> None:
+    """Float64, then more damping. Writes entry `index` of the outputs, or raises."""
+    diagonal, damping_used, bits, failed = flat
+    if rescue == "none" and int(failed[index]) == 0:
+        return  # weak but positive definite: forbidden to improve, not a failure
+    dampings = [damping]
+    if rescue == "damping":
+        following = damping * _DAMPING_STEP or _FIRST_DAMPING_OF_NONE
+        while following <= _LARGEST_DAMPING:
+            dampings.append(following)
+            following *= _DAMPING_STEP
+    minor = int(failed[index])
+    for used in dampings if rescue != "none" else []:
+        values, failed_minor, _ = _attempt(matrix, used, float64=True)
+        minor = int(failed_minor[0])
+        if minor == 0:
+            diagonal[index], damping_used[index], bits[index], failed[index] = values[0], used, 64, 0
+            return
+    which = f"matrix {index} of the batch" if len(failed) > 1 else "the matrix"
+    zero = not bool(matrix.diagonal(dim1=-2, dim2=-1).any())
+    raise NumericalError(
+        f"{which} is zero: no activation reached it"
+        if zero
+        else f"{which} is not positive definite: leading minor {minor} fails with damping {dampings[-1]:g} "
+        f"(rescue={rescue!r})",
+        failing_minor=minor,
+        damping=dampings[-1],
+    )
+
+
+def _raise_not_finite(failed: Tensor, damping: float) -> None:
+    bad = (failed == -1).nonzero().flatten().tolist()
+    if bad:
+        which = f"matrices {bad} of the batch hold" if len(failed) > 1 else "the matrix holds"
+        raise NumericalError(f"{which} NaN or Inf", failing_minor=-1, damping=damping)
+
+
+def _check_symmetric(matrices: Tensor) -> None:
+    """The kernels read one triangle; the other must say the same, up to the rounding of float32 sums."""
+    size = matrices.shape[-1]
+    scale = matrices.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    for start in range(0, size, _STRIP):
+        rows = slice(start, min(start + _STRIP, size))
+        difference = (matrices[:, rows, : rows.stop] - matrices[:, : rows.stop, rows].mT).abs()
+        bound = _ASYMMETRY_TOLERANCE * scale[:, rows, None] * scale[:, None, : rows.stop]
+        if bool((difference > bound + torch.finfo(matrices.dtype).tiny).any()):
+            raise ValueError(
+                f"h: expected symmetric matrices, but h and its transpose differ by up to {float(difference.max()):.3g} "
+                f"in rows {start} to {rows.stop - 1}"
+            )
+
+
+def _attempt(matrices: Tensor, damping: float, float64: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """One factorisation of every matrix: diagonal [batch, in], failed_minor [batch] and smallest_pivot [batch]."""
+    if backend_of("inverse_diagonal", matrices) == "torch":
+        dtype = torch.float64 if float64 else torch.float32
+        return reference.inverse_diagonal_attempt(matrices, damping, dtype)
+    if matrices.stride(2) != 1 or matrices.stride(1) < matrices.shape[2]:
+        matrices = matrices.contiguous()
+    batch, size, _ = matrices.shape
+    diagonal = torch.empty((batch, size), dtype=torch.float32, device=matrices.device)
+    failed_minor = torch.empty(batch, dtype=torch.int32, device=matrices.device)
+    smallest_pivot = torch.empty(batch, dtype=torch.float32, device=matrices.device)
+    arguments = (
+        matrices.data_ptr(), batch, size, matrices.stride(0), matrices.stride(1), damping, float64,
+        diagonal.data_ptr(), failed_minor.data_ptr(), smallest_pivot.data_ptr(),
+    )  # fmt: skip
+    if matrices.is_cuda:
+        scratch = workspace(_C.cuda.inverse_diagonal_workspace_bytes(batch, size, float64), matrices)
+        _C.cuda.inverse_diagonal(*arguments, scratch.data_ptr(), stream_of(matrices))
+    else:
+        use_torch_threads()
+        _C.cpu.inverse_diagonal(*arguments)
+    return diagonal, failed_minor, smallest_pivot
+
+
+register(
+    'inverse_diagonal(Tensor h, float damping=0.01, str rescue="damping", bool check=True) '
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _inverse_diagonal,
+    _fake,
+)

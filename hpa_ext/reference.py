@@ -1,0 +1,81 @@
+"""The six operations in plain torch: the oracle of the tests, and what serves devices and dtypes without a kernel.
+
+Written for clarity, in as many passes as that takes. Everything computes in float32, or in float64 for float64 input,
+and runs on any device without synchronising with it. Arguments are taken on trust; hpa_ext.ops checks them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Float64 for float64 input, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def gram_accumulate_(gram: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
+    """``gram [in, in] += x^T x`` for x ``[tokens, in]``; excluded tokens are replaced by zeros, not multiplied."""
+    x = x.to(compute_dtype(x))
+    if token_mask is not None:
+        x = torch.where(token_mask[:, None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+    gram += (x.mT @ x).to(gram.dtype)
+
+
+def inverse_diagonal_attempt(h: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """One factorisation in `dtype` of h ``[batch, in, in]``: diagonal, failed_minor and smallest_pivot."""
+    batch, size, _ = h.shape
+    finite = torch.isfinite(h).flatten(1).all(1)
+    identity = torch.eye(size, dtype=dtype, device=h.device)
+    a = torch.where(finite[:, None, None], h.to(dtype), identity)
+    diagonal = a.diagonal(dim1=-2, dim2=-1)
+    diagonal = diagonal + damping * diagonal.mean(-1, keepdim=True)
+    # A column without a positive diagonal cannot be scaled; it stays as it is, and its minor fails.
+    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
+    a = a * scale[:, :, None] * scale[:, None, :]
+    a = a - torch.diag_embed(a.diagonal(dim1=-2, dim2=-1)) + torch.diag_embed((diagonal > 0).to(dtype))
+    factor, info = torch.linalg.cholesky_ex(a)
+    inverse_factor = torch.linalg.solve_triangular(factor, identity.expand(batch, -1, -1), upper=False)
+    result = inverse_factor.square().sum(-2) * scale.square()
+    failed_minor = torch.where(finite, info, torch.full_like(info, -1))
+    result = torch.where((failed_minor == 0)[:, None], result, torch.full_like(result, torch.nan))
+    smallest_pivot = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    return result.to(compute_dtype(h)), failed_minor.to(torch.int32), smallest_pivot.to(torch.float32)
+
+
+def column_scores(w_old: Tensor, w_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``sum_i D_ij^2 [in]``, ``<D, w_old> []`` and ``||w_old||^2 []`` for ``D = w_new - w_old``."""
+    old = w_old.to(compute_dtype(w_old))
+    update = w_new.to(old.dtype) - old
+    return update.square().sum(0), (update * old).sum(), old.square().sum()
+
+
+def column_mask(scores: Tensor, counts: Tensor, eligible: Tensor | None = None) -> Tensor:
+    """Exactly `counts` ``[...]`` of the highest `scores` ``[..., columns]``, ties to the lower index."""
+    # Two stable sorts, the last one deciding: eligible before not, numbers before NaN, high before low, left to right.
+    order = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    indices = torch.sort(order, dim=-1, descending=True, stable=True).indices
+    group = torch.where(scores.isnan(), 1, 0)
+    if eligible is not None:
+        group = group.where(eligible, 2)
+        counts = torch.minimum(counts, eligible.sum(-1))
+    indices = indices.gather(-1, torch.sort(group.gather(-1, indices), dim=-1, stable=True).indices)
+    rank = torch.empty_like(indices)
+    rank.scatter_(-1, indices, torch.arange(scores.shape[-1], device=scores.device).expand_as(indices))
+    return rank < counts[..., None]
+
+
+def project_merge(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis: str = "input") -> Tensor:
+    """``M w_old + (1 - M)(w_new - coefficient w_old)``, M the columns (or, for axis "output", rows) of `mask`."""
+    dtype = compute_dtype(w_old)
+    adjusted = (w_new.to(dtype) - coefficient.to(dtype) * w_old.to(dtype)).to(w_old.dtype)
+    return torch.where(mask[None, :] if axis == "input" else mask[:, None], w_old, adjusted)
+
+
+def routed_lora(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: Tensor) -> Tensor:
+    """``y[s] = sum_c weights[s, c] scaling[c] B_c A_c x[s]`` for x ``[batch, tokens, in]``."""
+    dtype = compute_dtype(x)
+    shrunk = torch.einsum("bti,cri->btcr", x.to(dtype), a.to(dtype))
+    shrunk = shrunk * (weights * scaling).to(dtype)[:, None, :, None]
+    return torch.einsum("btcr,cor->bto", shrunk, b.to(dtype)).to(x.dtype)
