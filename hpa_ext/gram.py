@@ -1,0 +1,195 @@
+"""The Gram accumulator: the second moment of a linear layer's input over calibration tokens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpa_ext import ops
+from hpa_ext.errors import NumericalError
+
+NORMALIZATIONS = ("mean", "sum")
+
+
+class Gram:
+    """A float32 accumulator of ``sum x^T x`` over the tokens that count, and its count of tokens.
+
+    Args:
+        in_features: width of the layer's input.
+        device: where the accumulator lives; activations must be there.
+
+    ``H = (2/n) sum x^T x`` of HPA is `matrix()`. The factor makes H the Hessian of the layer's squared output error.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        if isinstance(in_features, bool) or not isinstance(in_features, int) or in_features < 1:
+            raise ValueError(f"in_features: expected an int of at least 1, got {in_features!r}")
+        self._sum = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
+        # Two counters, because the size of a mask on a device is only known there until somebody asks.
+        self._host_tokens = 0
+        self._device_tokens: Tensor | None = None
+        self._inverse: dict[tuple[float, str, str], ops.InverseDiagonal] = {}
+
+    @property
+    def in_features(self) -> int:
+        """Width of the layer's input."""
+        return self._sum.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the accumulator lives."""
+        return self._sum.device
+
+    @property
+    def token_count(self) -> int:
+        """Tokens that counted so far. Synchronises with a device if masks were given there."""
+        if self._device_tokens is not None:
+            self._host_tokens += int(self._device_tokens)
+            self._device_tokens = None
+        return self._host_tokens
+
+    def update(self, x: Tensor, token_mask: Tensor | None = None) -> Gram:
+        """Add the tokens of x ``[..., in]`` (bfloat16, float16, float32); with a mask ``[...]`` bool, those marked.
+
+        Returns:
+            The Gram itself.
+
+        Raises:
+            TypeError, ValueError: x or the mask has a wrong type, shape, dtype or device. The Gram is then unchanged.
+            NumericalError: on the CPU, a token that counts holds NaN or Inf, or overflows float32. The Gram is then
+                spoilt, and says so whenever it is asked. On a device this is found when the Gram is first used.
+        """
+        ops.gram_accumulate_(self._sum, x, token_mask)
+        self._inverse.clear()
+        if token_mask is None:
+            self._host_tokens += x.numel() // self.in_features
+        elif token_mask.device.type == "cpu":
+            self._host_tokens += int(token_mask.sum())
+        else:
+            counted = token_mask.sum()
+            self._device_tokens = counted if self._device_tokens is None else self._device_tokens + counted
+        if self.device.type == "cpu":
+            self.check_finite()
+        return self
+
+    def is_finite(self) -> Tensor:
+        """A bool scalar on the device: no NaN, Inf or overflow so far. Such a value always shows on the diagonal."""
+        return torch.isfinite(self._sum.diagonal()).all()
+
+    def check_finite(self) -> None:
+        """Raise NumericalError if an activation was not finite. Synchronises with a device."""
+        if not bool(self.is_finite()):
+            columns = (~torch.isfinite(self._sum.diagonal())).nonzero().flatten().tolist()
+            shown = ", ".join(map(str, columns[:5])) + (", ..." if len(columns) > 5 else "")
+            raise NumericalError(
+                f"activations hold NaN, Inf or values too large for float32 in {len(columns)} of {self.in_features} "
+                f"features ({shown})",
+                failing_minor=-1,
+            )
+
+    def matrix(self, normalization: str = "mean") -> Tensor:
+        """``H`` ``[in, in]`` float32: ``2/n sum x^T x`` for "mean", ``2 sum x^T x`` for "sum". A new tensor.
+
+        Raises:
+            ValueError: no token was counted, or an unknown normalization.
+            NumericalError: an activation was not finite.
+        """
+        return self._sum * self._factor(normalization)
+
+    def inverse_diagonal(self, damping: float = 0.01, *, normalization: str = "mean") -> Tensor:
+        """``diag((H + damping mean(diag H) I)^-1)`` ``[in]`` float32; kept until the Gram changes.
+
+        Raises:
+            ValueError: no token was counted; damping is negative.
+            NumericalError: the factorisation failed even after the rescue (see ``ops.inverse_diagonal``).
+        """
+        return self.inverse_diagonal_report(damping, normalization=normalization).diagonal
+
+    def inverse_diagonal_report(
+        self, damping: float = 0.01, *, normalization: str = "mean", rescue: str = "damping"
+    ) -> ops.InverseDiagonal:
+        """As `inverse_diagonal`, with the damping and precision that it took."""
+        factor = self._factor(normalization)
+        key = (float(damping), normalization, rescue)
+        if key not in self._inverse:
+            # The inverse scales with 1/H, so the sum itself is factored and no normalised copy is made.
+            found = ops.inverse_diagonal(self._sum, damping, rescue=rescue, return_report=True)
+            self._inverse[key] = ops.InverseDiagonal(
+                found.diagonal / factor, found.damping_used, found.precision_bits, found.failed_minor
+            )
+        return self._inverse[key]
+
+    def dead_columns(self) -> Tensor:
+        """Bool ``[in]``: features that were zero for every token."""
+        return self._sum.diagonal() == 0
+
+    def merge_(self, other: Gram) -> Gram:
+        """Add another Gram's tokens: both together are as if one had seen all."""
+        if not isinstance(other, Gram):
+            raise TypeError(f"other: expected a Gram, got {type(other).__name__}")
+        if other.in_features != self.in_features:
+            raise ValueError(f"other: expected a Gram of {self.in_features} features, got {other.in_features}")
+        if other.device != self.device:
+            raise ValueError(f"other: expected a Gram on {self.device}, got one on {other.device}")
+        self._host_tokens += other.token_count
+        self._sum += other._sum
+        self._inverse.clear()
+        return self
+
+    def all_reduce_(self, group: Any = None) -> Gram:
+        """Add the Grams of all processes of a torch.distributed group; every process then holds the total."""
+        import torch.distributed as dist
+
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError("all_reduce_: torch.distributed is not initialised; call init_process_group first")
+        count = torch.tensor(self.token_count, dtype=torch.int64, device=self.device)
+        dist.all_reduce(self._sum, group=group)
+        dist.all_reduce(count, group=group)
+        self._host_tokens = int(count)
+        self._inverse.clear()
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``{"sum": [in, in] float32, "token_count": [] int64}``; the sum is not a copy."""
+        return {"sum": self._sum, "token_count": torch.tensor(self.token_count, dtype=torch.int64)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> Gram:
+        """The Gram that `state_dict` described, on the device of its sum. The sum is copied."""
+        for key in ("sum", "token_count"):
+            if key not in state:
+                raise ValueError(f"state: expected the keys sum and token_count, got {sorted(state)}")
+        total = state["sum"]
+        if total.dim() != 2 or total.shape[0] != total.shape[1] or total.dtype != torch.float32:
+            raise ValueError(f"state['sum']: expected float32 [in, in], got {total.dtype} {list(total.shape)}")
+        count = int(state["token_count"])
+        if count < 0:
+            raise ValueError(f"state['token_count']: expected at least 0, got {count}")
+        gram = cls(total.shape[0], device=total.device)
+        gram._sum.copy_(total)
+        gram._host_tokens = count
+        return gram
+
+    def _factor(self, normalization: str) -> float:
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
+        tokens = self.token_count
+        if tokens == 0:
+            raise ValueError("the Gram has counted no tokens: update it with activations first")
+        self.check_finite()
+        return 2.0 / tokens if normalization == "mean" else 2.0
+
+    def __repr__(self) -> str:
+        return f"Gram(in_features={self.in_features}, device={str(self.device)!r}, token_count={self.token_count})"
+
+
+class GramPair(NamedTuple):
+    """The two Grams of a layer: of the safety set through the old model, of the task set through the new one.
+
+    Each is a `Gram`, or a matrix H ``[in, in]`` (float32 or float64), taken as it is.
+    """
+
+    safety: Gram | Tensor
+    task: Gram | Tensor
