@@ -1,0 +1,64 @@
+"""Where a transformers model keeps its decoder: the facts that pipelines ask for instead of knowing names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel or DistributedDataParallel, or the model itself."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_name(model: nn.Module) -> str:
+    """Name of the language model's decoder inside `model` ("" if it is the model itself).
+
+    ``model.language_model`` for LLaVA and its kin, ``model`` for Llama-like and ``transformer`` for GPT-2-like causal
+    language models. For a model that transformers does not know, "" means that all of it is the decoder.
+    """
+    if not hasattr(model, "get_decoder"):
+        return ""
+    decoder = model.get_decoder()
+    for name, module in model.named_modules():
+        if module is decoder:
+            return name
+    return ""
+
+
+def in_module(name: str, parent: str) -> bool:
+    """Whether the module called `name` is `parent` or inside it."""
+    return parent == "" or name == parent or name.startswith(parent + ".")
+
+
+def layer_depth(model: nn.Module, name: str) -> float:
+    """``layer / layers``, 1-based, from the outermost numbered list of modules that holds `name`; 1.0 outside of any.
+
+    A linear after the last decoder layer, such as the output head, is as deep as the last layer.
+    """
+    module: Any = model
+    for part in name.split("."):
+        if isinstance(module, nn.ModuleList):
+            return (int(part) + 1) / len(module)
+        module = getattr(module, part)
+    return 1.0
+
+
+def layer_index(name: str) -> int | None:
+    """The first number in a dotted name: the decoder layer's index from 0; None outside of any layer."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(match.group(1)) if match else None
+
+
+def image_token_id(model: nn.Module) -> int | None:
+    """The id of the placeholder token that stands for image features, None for a model without images."""
+    config = getattr(model, "config", None)
+    for key in ("image_token_id", "image_token_index"):
+        value = getattr(config, key, None)
+        if value is not None:
+            return int(value)
+    return None
