@@ -1,0 +1,1 @@
+"""The model classes that the library knows by name."""
