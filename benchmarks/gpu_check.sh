@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA device, in one command under ten minutes and without a network:
+# build and install, GPU tests, compute-sanitizer on small shapes, benchmarks. Results go to benchmarks/results/,
+# the sanitizer's and the tests' output to gpu-check.log. PYTHON must already hold torch and the packages of
+# pyproject.toml, and nvcc must be on PATH.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+LOG=${LOG:-gpu-check.log}
+
+"$PYTHON" -c "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 'gpu-check: torch sees no CUDA device')"
+"$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
+"$PYTHON" - <<'PY' 2>&1 | tee "$LOG"
+import json, hpa_ext, torch
+print(torch.cuda.get_device_name(0), torch.__version__, torch.version.cuda)
+print(json.dumps(hpa_ext.build_info(), indent=1))
+PY
+
+"$PYTHON" -m pytest -m gpu python_tests 2>&1 | tee -a "$LOG"
+for tool in memcheck racecheck; do
+  compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" benchmarks/sanitize.py 2>&1 | tail -n 5 | tee -a "$LOG"
+done
+hpa-ext bench --device cuda --native-cuda
