@@ -146,7 +146,7 @@ class _Collector:
             current = name
             self._seen[id(x)] = (weakref.ref(x), x._version, name)
         first = self._leader_of.setdefault(name, current)
-        if first == current or first == name:
+        if first in (current, name):
             return first
         raise ValueError(
             f"{name}: received the input of {first} in earlier batches, but another tensor in this one; "

@@ -158,13 +158,18 @@ class Gram:
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> Gram:
         """The Gram that `state_dict` described, on the device of its sum. The sum is copied."""
-        for key in ("sum", "token_count"):
-            if key not in state:
-                raise ValueError(f"state: expected the keys sum and token_count, got {sorted(state)}")
+        if not isinstance(state, dict) or not {"sum", "token_count"} <= set(state):
+            keys = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state: expected the keys sum and token_count, got {keys}")
         total = state["sum"]
+        if not isinstance(total, Tensor):
+            raise TypeError(f"state['sum']: expected float32 [in, in], got {type(total).__name__}")
         if total.dim() != 2 or total.shape[0] != total.shape[1] or total.dtype != torch.float32:
             raise ValueError(f"state['sum']: expected float32 [in, in], got {total.dtype} {list(total.shape)}")
-        count = int(state["token_count"])
+        try:
+            count = int(state["token_count"])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"state['token_count']: expected an int, got {state['token_count']!r}") from error
         if count < 0:
             raise ValueError(f"state['token_count']: expected at least 0, got {count}")
         gram = cls(total.shape[0], device=total.device)

@@ -64,7 +64,8 @@ class HPAConfig:
             )
         if not 0 <= self.alpha_min <= self.alpha_max:
             raise ValueError(
-                f"alpha_min, alpha_max: expected 0 <= alpha_min <= alpha_max, got {self.alpha_min!r} and {self.alpha_max!r}"
+                f"alpha_min, alpha_max: expected 0 <= alpha_min <= alpha_max, "
+                f"got {self.alpha_min!r} and {self.alpha_max!r}"
             )
         if self.focus_multiple < 1:
             raise ValueError(f"focus_multiple: expected at least 1, got {self.focus_multiple!r}")

@@ -180,7 +180,9 @@ def _weight(name: str, layer: Tensor | nn.Module) -> Tensor:
         return layer.weight.detach()
     if _is_conv1d(layer):
         return layer.weight.detach().mT
-    raise TypeError(f"{name}: expected a Tensor [out, in], an nn.Linear or a transformers Conv1D, got {type(layer).__name__}")
+    raise TypeError(
+        f"{name}: expected a Tensor [out, in], an nn.Linear or a transformers Conv1D, got {type(layer).__name__}"
+    )
 
 
 def _pair(gram: Any) -> tuple[Gram | Tensor, Gram | Tensor]:
@@ -195,7 +197,8 @@ def _check_gram(name: str, gram: Any, weight: Tensor) -> None:
     shape = (gram.in_features, gram.in_features) if isinstance(gram, Gram) else tuple(gram.shape)
     if weight.dim() == 2 and shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(
-            f"{name}: expected [{weight.shape[1]}, {weight.shape[1]}] for a weight {list(weight.shape)}, got {list(shape)}"
+            f"{name}: expected [{weight.shape[1]}, {weight.shape[1]}] for a weight {list(weight.shape)}, "
+            f"got {list(shape)}"
         )
     if gram.device != weight.device:
         raise ValueError(f"{name}: expected device {weight.device} like the weights, got {gram.device}")
@@ -207,9 +210,7 @@ def _inverse(name: str, gram: Gram | Tensor, config: HPAConfig, check: bool) -> 
             return gram.inverse_diagonal_report(
                 config.damping, normalization=config.normalization, rescue=config.rescue
             )
-        return ops.inverse_diagonal(
-            gram, config.damping, rescue=config.rescue, check=check, return_report=True
-        )
+        return ops.inverse_diagonal(gram, config.damping, rescue=config.rescue, check=check, return_report=True)
     except NumericalError as error:
         raise NumericalError(
             f"{name}: {error.message}", failing_minor=error.failing_minor, damping=error.damping

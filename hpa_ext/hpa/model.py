@@ -101,7 +101,10 @@ def _distinct(linears: dict[str, Linear]) -> tuple[dict[str, Linear], dict[str, 
 
 
 def _match(
-    old: dict[str, Linear], new: dict[str, Linear], safety: Mapping[str, Gram | Tensor], task: Mapping[str, Gram | Tensor]
+    old: dict[str, Linear],
+    new: dict[str, Linear],
+    safety: Mapping[str, Gram | Tensor],
+    task: Mapping[str, Gram | Tensor],
 ) -> dict[str, tuple[Linear, Linear, GramPair]]:
     """Old and new linear and Grams for each name; raises before any work if something is missing."""
     pairs = {}
@@ -141,9 +144,9 @@ def _warnings(reports: dict[str, LayerReport]) -> list[str]:
     lines = []
     for kind in ("safety", "task"):
         more_damping = [
-            name for name, report in reports.items() if report.damping_used[kind] > min(
-                other.damping_used[kind] for other in reports.values()
-            )
+            name
+            for name, report in reports.items()
+            if report.damping_used[kind] > min(other.damping_used[kind] for other in reports.values())
         ]
         if more_damping:
             lines.append(f"{kind} Gram needed more damping in {len(more_damping)} layers, such as {more_damping[0]}")

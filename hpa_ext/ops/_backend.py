@@ -35,7 +35,7 @@ def native_cuda(enabled: bool = True) -> Iterator[None]:
 
 
 def backend_of(operation: str, tensor: Tensor) -> str:
-    """"native" or "torch": what serves `operation` for tensors of this device and dtype."""
+    """What serves `operation` for tensors of this device and dtype: "native" or "torch"."""
     if tensor.dtype not in DTYPE_TAGS:
         return "torch"
     kind = tensor.device.type
@@ -54,7 +54,8 @@ def is_traced(*tensors: Tensor | None) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+    # What is no tensor at all is left to the checks, which say so.
+    return any(isinstance(t, Tensor) and type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
 
 
 def use_torch_threads() -> None:

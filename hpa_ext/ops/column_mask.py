@@ -68,8 +68,7 @@ def _column_mask(scores: Tensor, counts: Tensor, eligible: Tensor | None = None)
 
 def _fake(scores: Tensor, counts: Tensor, eligible: Tensor | None = None) -> Tensor:
     check_tensor("scores", scores, "[..., columns]", None, (torch.float32, torch.float64))
-    if counts.dtype != torch.int64:
-        raise TypeError(f"count: expected int64, got {describe(counts)}")
+    check_tensor("count", counts, str(list(scores.shape[:-1])), scores.dim() - 1, (torch.int64,))
     check_shape("count", counts, tuple(scores.shape[:-1]), "like the leading dimensions of scores")
     check_same("count", counts, "scores", scores, dtype=False)
     if eligible is not None:

@@ -59,10 +59,10 @@ def _check(gram: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
 
 def _gram_accumulate_(gram: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
     _check(gram, x, token_mask)
-    tokens = x.reshape(-1, x.shape[-1])
-    mask = None if token_mask is None else token_mask.reshape(-1).contiguous()
-    if tokens.numel() == 0:
+    if x.numel() == 0:
         return
+    tokens = x.detach().reshape(-1, x.shape[-1])
+    mask = None if token_mask is None else token_mask.reshape(-1).contiguous()
     # A view whose columns are not adjacent cannot be handed to a kernel that writes rows.
     target = gram if gram.stride(1) == 1 and gram.stride(0) >= gram.shape[0] else gram.contiguous()
     if backend_of("gram", x) == "native":

@@ -99,9 +99,7 @@ def _fake(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis:
     return out
 
 
-def _project_merge_out(
-    w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis: str, out: Tensor
-) -> None:
+def _project_merge_out(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis: str, out: Tensor) -> None:
     _check(w_old, w_new, mask, coefficient, axis, out)
     if out.numel() == 0:
         return

@@ -30,9 +30,12 @@ def routed_lora(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: Tenso
     Both products accumulate in float32. Differentiable in x, a, b, weights and scaling. HiDe (ACL 2025), equation of
     the top layer.
     """
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, b, weights, scaling))
-    if differentiable or is_traced(x, a, b, weights, scaling):
-        return torch.ops.hpa_ext.routed_lora(x, a, b, weights, scaling)
+    tensors = (x, a, b, weights, scaling)
+    # What is no tensor at all is left to the checks of the direct path, which say so.
+    if all(isinstance(t, Tensor) for t in tensors):
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if differentiable or is_traced(*tensors):
+            return torch.ops.hpa_ext.routed_lora(*tensors)
     return _routed_lora(x, a, b, weights, scaling)
 
 
@@ -95,7 +98,5 @@ def _backward(ctx, grad: Tensor):
     return grad_x, grad_a, grad_b, grad_gate * scaling, (grad_gate * weights).sum(0)
 
 
-register(
-    "routed_lora(Tensor x, Tensor a, Tensor b, Tensor weights, Tensor scaling) -> Tensor", _routed_lora, _fake
-)
+register("routed_lora(Tensor x, Tensor a, Tensor b, Tensor weights, Tensor scaling) -> Tensor", _routed_lora, _fake)
 torch.library.register_autograd("hpa_ext::routed_lora", _backward, setup_context=_setup_context, lib=LIBRARY)
