@@ -197,7 +197,11 @@ def test_nan_in_padding_does_no_harm():
         ({"batches": [3]}, TypeError, "batches: expected mappings"),
         ({"token_mask": "answers"}, ValueError, "token_mask: expected one of all, attended"),
         ({"token_mask": "image"}, ValueError, "names no image token"),
-        ({"token_mask": lambda batch: torch.ones(2)}, ValueError, r"token_mask: expected a bool tensor \[batch, tokens\]"),
+        (
+            {"token_mask": lambda batch: torch.ones(2)},
+            ValueError,
+            r"token_mask: expected a bool tensor \[batch, tokens\]",
+        ),
         ({"token_mask": lambda batch: torch.ones(4, 9) > 0}, ValueError, r"q_proj: token_mask of shape \[4, 9\]"),
         ({"modules": "nothing"}, ValueError, "modules: no linear layer of LlamaForCausalLM matches 'nothing'; it has"),
         ({"modules": "(["}, ValueError, "modules: not a regular expression"),

@@ -55,9 +55,7 @@ def test_equals_the_equations(settings, depth, device):
     expected, retained, alpha, coefficient = oracle.harmonize(
         old.cpu(), new.cpu(), *matrices_of(activations), depth=depth, **settings
     )
-    weight, report = harmonize(
-        old, new, make_grams(activations), depth, HPAConfig(**settings), return_report=True
-    )
+    weight, report = harmonize(old, new, make_grams(activations), depth, HPAConfig(**settings), return_report=True)
     assert report.retained.nonzero().flatten().tolist() == retained
     assert report.alpha == pytest.approx(alpha, abs=1e-5)
     assert report.projection_coefficient == pytest.approx(coefficient, rel=1e-4, abs=1e-7)
@@ -189,8 +187,18 @@ def bad_calls():
         "vector": ((old[0], new[0], pair), {}, ValueError, r"w_old: expected shape \[out, in\]"),
         "layer": ((old, nn.Conv2d(3, 3, 3), pair), {}, TypeError, r"layer_new: expected .*Conv2d"),
         "gram type": ((old, new, pair.safety), {}, TypeError, r"gram: expected a GramPair or a tuple.*Gram"),
-        "gram width": ((old, new, (hpa_ext.Gram(5), pair.task)), {}, ValueError, r"gram.safety: expected \[64, 64\].*5"),
-        "gram device": ((old, new, (pair.safety, torch.eye(64, device="meta"))), {}, ValueError, r"gram.task: .*device"),
+        "gram width": (
+            (old, new, (hpa_ext.Gram(5), pair.task)),
+            {},
+            ValueError,
+            r"gram.safety: expected \[64, 64\].*5",
+        ),
+        "gram device": (
+            (old, new, (pair.safety, torch.eye(64, device="meta"))),
+            {},
+            ValueError,
+            r"gram.task: .*device",
+        ),
         "gram none": ((old, new, (None, pair.task)), {}, TypeError, r"gram.safety: expected a Gram"),
         "no tokens": ((old, new, (empty, pair.task)), {}, ValueError, r"gram.safety: .*no tokens"),
         "asymmetric": ((old, new, (asymmetric, pair.task)), {}, ValueError, r"gram.safety: .*symmetric"),

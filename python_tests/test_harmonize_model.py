@@ -53,7 +53,9 @@ def test_every_layer_is_harmonized_at_its_depth(kind):
         assert torch.equal(new.state_dict()[key], before[key]), f"{key} is no linear of the decoder"
     assert_unchanged(old, before_old)
     lines = str(report).splitlines()
-    assert len(lines) == 2 + len(report) and all(name in text for name, text in zip(report.layers, lines[2:], strict=True))
+    assert len(lines) == 2 + len(report) and all(
+        name in text for name, text in zip(report.layers, lines[2:], strict=True)
+    )
     assert report.to_dict()["config"]["retain_max"] == 15.0
 
 

@@ -1,0 +1,57 @@
+"""Options, and what every test starts from: two threads, fixed seeds, and the devices to test on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy
+import pytest
+import torch
+
+from hpa_ext import _C, ops
+from hpa_ext.ops import _backend
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption(
+        "--torch-path", action="store_true", help="test the plain torch implementations instead of the native kernels"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--torch-path"):
+        _backend.DTYPE_TAGS.clear()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow; run with --run-slow"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """The same numbers for a test whether it runs alone or among others, on two threads."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the tensors of the test lie; on CUDA the native kernels serve it, verified or not."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")
+        if not _C.build_info()["cuda_version"]:
+            pytest.skip("hpa_ext was built without CUDA kernels")
+    with ops.native_cuda():
+        yield torch.device(request.param)
