@@ -23,7 +23,8 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-            "-DHPA_BUILD_TESTS=OFF", f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DHPA_BUILD_TESTS=OFF", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
         configure += shlex.split(os.environ.get("HPA_CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)

@@ -1,0 +1,69 @@
+# Everything from a fresh machine with Python (3.10 to 3.13), a C++20 compiler and make. With nvcc the build includes CUDA.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE_SOURCES := $(shell find csrc cmake CMakeLists.txt setup.py pyproject.toml -type f)
+PYTEST_ARGS ?=
+
+.PHONY: help install demo test test-cpp test-python lint format bench gpu-check clean
+
+help:
+	@echo "make demo       build, then fine-tune, erode and harmonize the embedded LLaVA (three seeds)"
+	@echo "make test       C++ and Python tests"
+	@echo "make lint       ruff and clang-format, as CI runs them"
+	@echo "make format     rewrite the sources as lint wants them"
+	@echo "make bench      microbenchmarks on this machine, written to benchmarks/results/"
+	@echo "make gpu-check  build, GPU tests, compute-sanitizer and GPU benchmarks, on a machine with a CUDA device"
+	@echo "make clean      remove builds and the virtual environment"
+
+# --- the environment ------------------------------------------------------------------------------------------------
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.dependencies: constraints.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools pybind11 cmake ninja \
+	  torch transformers peft accelerate safetensors numpy pillow matplotlib tqdm pytest ruff clang-format
+	@touch $@
+
+# Editable, so that Python sources need no new install; the native module is built again when its sources change.
+$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE_SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -c "import hpa_ext, json; print(json.dumps(hpa_ext.build_info(), indent=1))"
+	@touch $@
+
+install: $(VENV)/.installed
+
+# --- what people run ------------------------------------------------------------------------------------------------
+demo: install
+	$(BIN)/hpa-ext demo
+
+test: test-cpp test-python
+
+test-cpp: $(VENV)/.dependencies
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DHPA_BUILD_PYTHON=OFF -DHPA_CUDA=OFF \
+	  -DHPA_BUILD_TESTS=ON > /dev/null
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/cpp --output-on-failure
+
+test-python: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	  xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.dependencies
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+bench: install
+	$(BIN)/hpa-ext bench
+
+gpu-check:
+	bash benchmarks/gpu_check.sh
+
+clean:
+	rm -rf build dist *.egg-info hpa_ext/_C*.so $(VENV)
