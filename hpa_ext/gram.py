@@ -99,18 +99,18 @@ class Gram:
         return self._sum * self._factor(normalization)
 
     def inverse_diagonal(self, damping: float = 0.01, *, normalization: str = "mean") -> Tensor:
-        """``diag((H + damping mean(diag H) I)^-1)`` ``[in]`` float32; kept until the Gram changes.
+        """``diag((H + damping mean(diag H) I)^-1)`` ``[in]`` float32. Computed once and kept until the Gram changes.
 
         Raises:
             ValueError: no token was counted; damping is negative.
             NumericalError: the factorisation failed even after the rescue (see ``ops.inverse_diagonal``).
         """
-        return self.inverse_diagonal_report(damping, normalization=normalization).diagonal
+        return self.inverse_diagonal_report(damping, normalization=normalization).diagonal.clone()
 
     def inverse_diagonal_report(
         self, damping: float = 0.01, *, normalization: str = "mean", rescue: str = "damping"
     ) -> ops.InverseDiagonal:
-        """As `inverse_diagonal`, with the damping and precision that it took."""
+        """As `inverse_diagonal`, with the damping and precision that it took. Its tensors are the kept ones."""
         factor = self._factor(normalization)
         key = (float(damping), normalization, rescue)
         if key not in self._inverse:

@@ -263,3 +263,7 @@ def test_bad_arguments(bad):
     changed, exception, name = BAD[bad]
     with refuses(exception, name):
         column_mask(**{"scores": SCORES, "count": COUNTS, "eligible": ELIGIBLE, **changed})
+
+
+def test_count_beyond_int64_means_all(device):
+    assert column_mask(torch.rand(5, device=device), 10**30).all()

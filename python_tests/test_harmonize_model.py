@@ -195,6 +195,24 @@ def test_settings_reach_every_layer():
     assert_unchanged(new, before)  # nothing retained and nothing adjusted is sequential fine-tuning
 
 
+def test_rescues_are_reported():
+    old, new, safety, task = setting(tiny_models.llama)
+    name = "model.layers.1.mlp.down_proj"
+    x = torch.randn(200, 2) @ torch.randn(2, 48)  # two directions only: float32 cannot factor it almost undamped
+    report = harmonize_model(
+        old, new, {**safety, name: Gram(48).update(x)}, task, HPAConfig(damping=1e-5), progress=False
+    )
+    assert report[name].precision_bits["safety"] == 64
+    assert any(text.startswith("safety Gram was factored in float64 in") for text in report.warnings)
+    indefinite = torch.eye(48)
+    indefinite[0, 1] = indefinite[1, 0] = 1.0001
+    report = harmonize_model(
+        old, tiny_models.tuned(old), {**safety, name: indefinite}, task, HPAConfig(damping=1e-5), progress=False
+    )
+    assert report[name].damping_used["safety"] == pytest.approx(1e-3)
+    assert f"warning: safety Gram needed more damping in 1 layers, such as {name}" in str(report)
+
+
 def bad_calls():
     old, new, safety, task = setting(tiny_models.llama)
     name = "model.layers.1.mlp.up_proj"

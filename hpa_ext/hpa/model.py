@@ -80,7 +80,7 @@ def harmonize_model(
         config=config,
         shared=shared,
         not_covered=experts_without_linears(model_new),
-        warnings=_warnings(reports),
+        warnings=_warnings(reports, config),
     )
 
 
@@ -139,18 +139,17 @@ def _bar(pairs: dict, label: str, progress: bool) -> Iterable:
     return tqdm(pairs.items(), desc=label, unit="layer", leave=False, disable=None if progress else True)
 
 
-def _warnings(reports: dict[str, LayerReport]) -> list[str]:
-    """One line for each kind of event that a user should know of."""
+def _warnings(reports: dict[str, LayerReport], config: HPAConfig) -> list[str]:
+    """One line for each kind of rescue that a Gram needed."""
     lines = []
     for kind in ("safety", "task"):
-        more_damping = [
-            name
-            for name, report in reports.items()
-            if report.damping_used[kind] > min(other.damping_used[kind] for other in reports.values())
+        events = {
+            "needed more damping": [n for n, report in reports.items() if report.damping_used[kind] > config.damping],
+            "was factored in float64": [n for n, report in reports.items() if report.precision_bits[kind] == 64],
+        }
+        lines += [
+            f"{kind} Gram {event} in {len(names)} layers, such as {names[0]}"
+            for event, names in events.items()
+            if names
         ]
-        if more_damping:
-            lines.append(f"{kind} Gram needed more damping in {len(more_damping)} layers, such as {more_damping[0]}")
-        in_float64 = [name for name, report in reports.items() if report.precision_bits[kind] == 64]
-        if in_float64:
-            lines.append(f"{kind} Gram was factored in float64 in {len(in_float64)} layers, such as {in_float64[0]}")
     return lines

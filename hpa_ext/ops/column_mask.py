@@ -40,8 +40,10 @@ def _as_counts(scores: Tensor, count: int | Tensor) -> Tensor:
         return count
     if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)):
         raise TypeError(f"count: expected an int or an int64 tensor {list(scores.shape[:-1])}, got {describe(count)}")
-    if isinstance(count, int) and count < 0:
-        raise ValueError(f"count: expected at least 0, got {count}")
+    if isinstance(count, int):
+        if count < 0:
+            raise ValueError(f"count: expected at least 0, got {count}")
+        count = min(count, scores.shape[-1])  # any int may be asked for, also one that int64 cannot hold
     return torch.full(scores.shape[:-1], count, dtype=torch.int64, device=scores.device)
 
 
