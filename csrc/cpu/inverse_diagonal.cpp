@@ -12,7 +12,7 @@
 namespace hpa::cpu {
 namespace {
 
-// From this many columns on, a batch is worked off one matrix after the other, each with all threads.
+// Smaller matrices of a batch are divided among the threads; larger ones take all threads one after the other.
 constexpr std::int64_t kLarge = 512;
 
 template <typename T>
@@ -58,7 +58,7 @@ Status all_matrices(const MatrixBatch& h, double damping, const InverseDiagonalR
   const auto one = [&](std::int64_t index) {
     if (!one_matrix<T>(h, index, damping, result)) has_memory = false;
   };
-  if (h.size < kLarge) {
+  if (h.batch > 1 && h.size < kLarge) {
     parallel_for(h.batch, one);
   } else {
     for (std::int64_t index = 0; index < h.batch; ++index) one(index);

@@ -10,8 +10,6 @@
 namespace hpa::cpu {
 namespace {
 
-// An output larger than this is written past the caches, where it is not one of the inputs.
-constexpr std::int64_t kStreamBytes = std::int64_t{4} << 20;
 constexpr std::int64_t kTaskBytes = std::int64_t{1} << 18;
 
 // True where out is memory of its own, or exactly the given input.
@@ -38,8 +36,6 @@ Status project_merge(ConstMatrix w_old, ConstMatrix w_new, const std::uint8_t* m
   const std::int64_t element = static_cast<std::int64_t>(size_of(out.dtype));
   const std::int64_t row_bytes = out.columns * element;
   const std::int64_t task_rows = std::max<std::int64_t>(1, kTaskBytes / row_bytes);
-  const bool in_place = out.data == w_old.data || out.data == w_new.data;
-  const bool stream = !in_place && row_bytes * out.rows > kStreamBytes;
   const float factor = *coefficient;
   const auto merge_row = kernels().merge_row[static_cast<int>(out.dtype)];
   parallel_for((out.rows + task_rows - 1) / task_rows, [&](std::int64_t task) {
@@ -49,9 +45,9 @@ Status project_merge(ConstMatrix w_old, ConstMatrix w_new, const std::uint8_t* m
       const char* after = static_cast<const char*>(w_new.data) + row * w_new.row_stride * element;
       char* target = static_cast<char*>(out.data) + row * out.row_stride * element;
       if (axis == MaskAxis::input) {
-        merge_row(before, after, mask, factor, target, out.columns, stream);
+        merge_row(before, after, mask, factor, target, out.columns);
       } else if (mask[row] == 0) {
-        merge_row(before, after, nullptr, factor, target, out.columns, stream);
+        merge_row(before, after, nullptr, factor, target, out.columns);
       } else if (target != before) {
         std::memcpy(target, before, static_cast<std::size_t>(row_bytes));
       }

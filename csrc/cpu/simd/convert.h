@@ -40,8 +40,13 @@ HPA_INLINE F32 narrow(F32 v, const float*) { return v; }
 HPA_INLINE U16 narrow(F32 v, const BFloat16*) {
   const U32 bits = (U32)v;
   const U32 rounded = (bits + (((bits >> 16) & 1u) + 0x7fffu)) >> 16;
+#if defined(__AVX512F__)
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  return (U16)_mm512_cvtepi32_epi16(_mm512_mask_mov_epi32((__m512i)rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
+#else
   const I32 is_nan = (I32)((bits & 0x7fffffffu) > 0x7f800000u);
   return __builtin_convertvector(select(is_nan, U32{} + 0x7fc0u, rounded), U16);
+#endif
 }
 
 HPA_INLINE U16 narrow(F32 v, const Float16*) {

@@ -63,9 +63,9 @@ struct Kernels {
   void (*column_scores[3])(const void* w_old, std::int64_t old_stride, const void* w_new, std::int64_t new_stride,
                            std::int64_t rows, std::int64_t columns, float* squared_update, double* scalars);
 
-  // project_merge of one row. mask null: nothing is retained. `stream`: write past the caches.
+  // project_merge of one row. mask null: nothing is retained.
   void (*merge_row[3])(const void* w_old, const void* w_new, const std::uint8_t* mask, float coefficient, void* out,
-                       std::int64_t columns, bool stream);
+                       std::int64_t columns);
 
   // routed_lora, first product: out[t * out_stride + r] = <x[t], a[r]> for contiguous x [tokens, in], a [rows, in].
   void (*inner_products[3])(const void* x, std::int64_t tokens, const void* a, std::int64_t rows, std::int64_t in,

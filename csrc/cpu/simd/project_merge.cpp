@@ -8,6 +8,17 @@
 namespace hpa::cpu::HPA_ISA {
 namespace {
 
+// Lanes of `retained` where the mask is not zero, bit by bit.
+#if defined(__AVX512F__)
+HPA_INLINE F32 choose(const std::uint8_t* mask, F32 retained, F32 merged) {
+  const __m128i keep = load_vector<__m128i>(mask);
+  return (F32)_mm512_mask_mov_ps((__m512)merged, _mm_test_epi8_mask(keep, keep), (__m512)retained);
+}
+HPA_INLINE U16 choose(const std::uint8_t* mask, U16 retained, U16 merged) {
+  const __m128i keep = load_vector<__m128i>(mask);
+  return (U16)_mm256_mask_mov_epi16((__m256i)merged, _mm_test_epi8_mask(keep, keep), (__m256i)retained);
+}
+#else
 HPA_INLINE F32 choose(const std::uint8_t* mask, F32 retained, F32 merged) {
   const U32 keep = (U32)(__builtin_convertvector(load_vector<U8>(mask), U32) != 0u);
   return (F32)((keep & (U32)retained) | (~keep & (U32)merged));
@@ -16,37 +27,14 @@ HPA_INLINE U16 choose(const std::uint8_t* mask, U16 retained, U16 merged) {
   const U16 keep = (U16)(__builtin_convertvector(load_vector<U8>(mask), U16) != static_cast<std::uint16_t>(0));
   return (keep & retained) | (~keep & merged);
 }
-
-// Past the caches, for output that nobody reads soon: saves reading each line before it is written.
-template <typename V>
-HPA_INLINE void store_past_caches(void* p, V v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64) {
-    _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
-  } else {
-    _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
-  }
-#elif defined(__AVX2__)
-  if constexpr (sizeof(V) == 32) {
-    _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
-  } else {
-    _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
-  }
-#else
-  __builtin_memcpy(p, &v, sizeof(V));
 #endif
-}
 
-template <typename T, bool kMasked, bool kStream>
+template <typename T, bool kMasked>
 HPA_INLINE void merge(const T* w_old, const T* w_new, const std::uint8_t* mask, F32 coefficient, T* out) {
   const Stored<T> before = load_stored(w_old);
   Stored<T> result = narrow(load(w_new) - coefficient * widen(before, w_old), out);
   if constexpr (kMasked) result = choose(mask, before, result);
-  if constexpr (kStream) {
-    store_past_caches(out, result);
-  } else {
-    store_vector(out, result);
-  }
+  store_vector(out, result);
 }
 
 template <typename T, bool kMasked>
@@ -57,30 +45,18 @@ void merge_part(const T* w_old, const T* w_new, const std::uint8_t* mask, F32 co
   __builtin_memcpy(before, w_old, bytes);
   __builtin_memcpy(after, w_new, bytes);
   if constexpr (kMasked) __builtin_memcpy(keep, mask, static_cast<std::size_t>(count));
-  merge<T, kMasked, false>(before, after, keep, coefficient, result);
+  merge<T, kMasked>(before, after, keep, coefficient, result);
   __builtin_memcpy(out, result, bytes);
 }
 
+// Written through the caches: stores that bypass them took 30 % longer (Zen 5, 4096 x 4096 bfloat16).
 template <typename T, bool kMasked>
 void merge_columns(const T* w_old, const T* w_new, const std::uint8_t* mask, float coefficient, T* out,
-                   std::int64_t columns, bool stream) {
+                   std::int64_t columns) {
   const F32 factor = broadcast(coefficient);
-  const std::uintptr_t misaligned = reinterpret_cast<std::uintptr_t>(out) % sizeof(Stored<T>);
   std::int64_t j = 0;
-  if (stream && misaligned % sizeof(T) == 0) {
-    const std::int64_t first =
-        static_cast<std::int64_t>((sizeof(Stored<T>) - misaligned) % sizeof(Stored<T>) / sizeof(T));
-    j = first < columns ? first : columns;
-    if (j > 0) merge_part<T, kMasked>(w_old, w_new, mask, factor, out, j);
-    for (; j + kLanes <= columns; j += kLanes) {
-      merge<T, kMasked, true>(w_old + j, w_new + j, kMasked ? mask + j : nullptr, factor, out + j);
-    }
-#if defined(__x86_64__)
-    _mm_sfence();
-#endif
-  }
   for (; j + kLanes <= columns; j += kLanes) {
-    merge<T, kMasked, false>(w_old + j, w_new + j, kMasked ? mask + j : nullptr, factor, out + j);
+    merge<T, kMasked>(w_old + j, w_new + j, kMasked ? mask + j : nullptr, factor, out + j);
   }
   if (j < columns) {
     merge_part<T, kMasked>(w_old + j, w_new + j, kMasked ? mask + j : nullptr, factor, out + j, columns - j);
@@ -89,14 +65,14 @@ void merge_columns(const T* w_old, const T* w_new, const std::uint8_t* mask, flo
 
 template <typename T>
 void merge_row(const void* w_old, const void* w_new, const std::uint8_t* mask, float coefficient, void* out,
-               std::int64_t columns, bool stream) {
+               std::int64_t columns) {
   const T* before = static_cast<const T*>(w_old);
   const T* after = static_cast<const T*>(w_new);
   T* result = static_cast<T*>(out);
   if (mask != nullptr) {
-    merge_columns<T, true>(before, after, mask, coefficient, result, columns, stream);
+    merge_columns<T, true>(before, after, mask, coefficient, result, columns);
   } else {
-    merge_columns<T, false>(before, after, mask, coefficient, result, columns, stream);
+    merge_columns<T, false>(before, after, mask, coefficient, result, columns);
   }
 }
 

@@ -66,21 +66,36 @@ void inner_products(const void* x, std::int64_t tokens, const void* a, std::int6
   }
 }
 
+constexpr std::int64_t kChunk = 64;  // elements of a row that are widened at once
+
+template <typename T>
+void widen_all(const T* from, std::int64_t count, float* to) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_vector(to + i, load(from + i));
+  if (i < count) store_vector(to + i, load(from + i, count - i));
+}
+
+// Four rows at a time go to float32 in vectors, and are then transposed in blocks of 4 x 4. Short rows are widened
+// together, as the contiguous memory they are: a rank below the vector width costs no partial loads.
 template <typename T>
 void pack_transposed(const void* b, std::int64_t rows, std::int64_t depth, float* out) {
   const T* base = static_cast<const T*>(b);
-  // One widened chunk of a row at a time, in vectors; the transposition is then among float32.
+  float chunk[4 * kChunk + kLanes] = {};
   for (std::int64_t r = 0; r < kPanel; r += 4) {
-    for (std::int64_t k = 0; k < depth; k += kLanes) {
-      const std::int64_t count = depth - k < kLanes ? depth - k : kLanes;
-      float chunk[4][kLanes];
-      for (int i = 0; i < 4; ++i) {
-        const T* row = base + (r + i) * depth + k;
-        store_vector(chunk[i], r + i >= rows ? F32{} : count == kLanes ? load(row) : load(row, count));
+    const std::int64_t present = rows - r < 4 ? (rows > r ? rows - r : 0) : 4;
+    for (std::int64_t k = 0; k < depth; k += kChunk) {
+      const std::int64_t count = depth - k < kChunk ? depth - k : kChunk;
+      const std::int64_t stride = depth <= kChunk ? depth : kChunk;
+      if (present < 4) __builtin_memset(chunk, 0, sizeof(chunk));
+      if (depth <= kChunk) {
+        widen_all(base + r * depth, present * depth, chunk);
+      } else {
+        for (std::int64_t i = 0; i < present; ++i) widen_all(base + (r + i) * depth + k, count, chunk + i * stride);
       }
       for (std::int64_t n = 0; n < count; n += 4) {
         F32x4 block[4];
-        for (int i = 0; i < 4; ++i) block[i] = load_vector<F32x4>(chunk[i] + n);
+        HPA_UNROLL
+        for (int i = 0; i < 4; ++i) block[i] = load_vector<F32x4>(chunk + i * stride + n);
         transpose(block[0], block[1], block[2], block[3]);
         for (int i = 0; i < 4 && n + i < count; ++i) store_vector(out + (k + n + i) * kPanel + r, block[i]);
       }

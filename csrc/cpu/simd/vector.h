@@ -5,6 +5,7 @@
 // for one instruction set can be merged by the linker with the same thing compiled for another.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #if !defined(__GNUC__)

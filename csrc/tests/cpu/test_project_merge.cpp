@@ -1,0 +1,123 @@
+#include "check.h"
+#include "data.h"
+#include "hpa/project_merge.h"
+
+using namespace hpa;
+using namespace hpa::test;
+
+namespace {
+
+enum class Output { separate, is_old, is_new };
+
+void compare(std::int64_t rows, std::int64_t columns, DType dtype, MaskAxis axis, Output where,
+             const std::string& set) {
+  const std::string context = set + " " + name_of(dtype) + " " + std::to_string(rows) + "x" + std::to_string(columns) +
+                              (axis == MaskAxis::input ? " input " : " output ") +
+                              std::to_string(static_cast<int>(where));
+  Random random(static_cast<unsigned>(rows * 77 + columns));
+  GuardedMatrix before(rows, columns, dtype, 5), after(rows, columns, dtype, 2, 7),
+      separate(rows, columns, dtype, 3, 1);
+  before.fill_normal(random);
+  after.fill_normal(random);
+  before.set_bits(0, 0,
+                  dtype == DType::float32   ? 0x7f812345u
+                  : dtype == DType::float16 ? 0x7d23u
+                                            : 0x7f91u);  // a signalling NaN
+  const std::int64_t length = axis == MaskAxis::input ? columns : rows;
+  std::vector<std::uint8_t> mask(length);
+  for (auto& keep : mask) keep = random.chance(0.4) ? 255 : 0;
+  mask[0] = 1;  // the NaN is retained bit by bit
+  const float coefficient = 0.37f;
+  const GuardedMatrix old_copy = before, new_copy = after;
+  GuardedMatrix& out = where == Output::is_old ? before : where == Output::is_new ? after : separate;
+  const Status status =
+      cpu::project_merge(before.view(), after.view(), mask.data(), axis, &coefficient, out.mutable_view());
+  CHECK(status.ok(), context + status.message);
+  CHECK(out.guards_intact(), context);
+  if (where == Output::separate) CHECK(before == old_copy && after == new_copy, context + " inputs untouched");
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = 0; j < columns; ++j) {
+      if (mask[axis == MaskAxis::input ? j : i] != 0) {
+        CHECK(out.bits(i, j) == old_copy.bits(i, j), context + " retained");
+        continue;
+      }
+      // Each operation rounded to float32, as torch evaluates the expression.
+      const float old = static_cast<float>(old_copy.at(i, j)), product = coefficient * old;
+      const float exact = static_cast<float>(new_copy.at(i, j)) - product;
+      CHECK(out.bits(i, j) == encode(exact, dtype), context);
+    }
+  }
+}
+
+// Several tasks: the thread count changes nothing, nor does writing in place.
+void large(DType dtype, const std::string& set) {
+  const std::int64_t rows = 31, columns = 20000;
+  Random random(2);
+  GuardedMatrix before(rows, columns, dtype, 1), after(rows, columns, dtype, 0), first(rows, columns, dtype, 1);
+  before.fill_normal(random);
+  after.fill_normal(random);
+  std::vector<std::uint8_t> mask(columns);
+  for (auto& keep : mask) keep = random.chance(0.4) ? 1 : 0;
+  const float coefficient = -0.2f;
+  for (const std::int32_t threads : {1, 2, 3}) {
+    cpu::set_thread_count(threads);
+    GuardedMatrix out(rows, columns, dtype, 1);
+    CHECK(
+        cpu::project_merge(before.view(), after.view(), mask.data(), MaskAxis::input, &coefficient, out.mutable_view())
+            .ok(),
+        set);
+    CHECK(out.guards_intact(), set);
+    if (threads == 1) first = out;
+    CHECK(out == first, set + " thread count");
+  }
+  const Matrix target = before.mutable_view();
+  CHECK(cpu::project_merge(before.view(), after.view(), mask.data(), MaskAxis::input, &coefficient, target).ok(), set);
+  bool same = true;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = 0; j < columns; ++j) same = same && before.bits(i, j) == first.bits(i, j);
+  }
+  CHECK(same, set + " in place as apart");
+}
+
+void invalid() {
+  float data[4] = {}, other[4] = {}, coefficient = 1;
+  const std::uint8_t mask[2] = {};
+  const ConstMatrix good = {data, DType::float32, 2, 2, 2};
+  const Matrix out = {other, DType::float32, 2, 2, 2};
+  const auto call = [&](ConstMatrix a, ConstMatrix b, const std::uint8_t* m, const float* c, Matrix o) {
+    return cpu::project_merge(a, b, m, MaskAxis::input, c, o);
+  };
+  CHECK(refused(call({data, DType::float32, 2, 2, 1}, good, mask, &coefficient, out), "w_old"), "");
+  CHECK(refused(call(good, {data, DType::float16, 2, 2, 2}, mask, &coefficient, out), "w_new"), "");
+  CHECK(refused(call(good, good, nullptr, &coefficient, out), "mask"), "");
+  CHECK(refused(call(good, good, mask, nullptr, out), "coefficient"), "");
+  CHECK(refused(call(good, good, mask, &coefficient, {nullptr, DType::float32, 2, 2, 2}), "out"), "");
+  CHECK(refused(call(good, good, mask, &coefficient, {other, DType::float32, 1, 2, 2}), "out"), "");
+  CHECK(refused(call(good, good, mask, &coefficient, {data, DType::float32, 2, 2, 3}), "out"), "");
+  CHECK(refused(cpu::project_merge(good, good, mask, static_cast<MaskAxis>(4), &coefficient, out), "axis"), "");
+  CHECK(call({nullptr, DType::float32, 0, 2, 2}, {nullptr, DType::float32, 0, 2, 2}, nullptr, nullptr,
+             {nullptr, DType::float32, 0, 2, 2})
+            .ok(),
+        "empty");
+}
+
+}  // namespace
+
+int main() {
+  for_each_instruction_set([](const std::string& set) {
+    for (const DType dtype : kDTypes) {
+      for (const std::int64_t columns : {1, 7, 17, 65, 130}) {
+        for (const std::int64_t rows : {1, 9, 65}) {
+          for (const MaskAxis axis : {MaskAxis::input, MaskAxis::output}) {
+            for (const Output where : {Output::separate, Output::is_old, Output::is_new}) {
+              compare(rows, columns, dtype, axis, where, set);
+            }
+          }
+        }
+      }
+      large(dtype, set);
+    }
+  });
+  invalid();
+  return report("project_merge");
+}
