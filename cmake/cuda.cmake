@@ -47,8 +47,9 @@ if(HPA_HAS_CUDA)
   if(HPA_RESOURCE_REPORT)
     target_compile_options(hpa PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
   endif()
+  string(REPLACE ";" "," HPA_CUDA_ARCHITECTURES_TEXT "${HPA_CUDA_ARCHITECTURES}")  # a list would become several definitions
   target_compile_definitions(hpa PRIVATE
-    HPA_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}" HPA_CUDA_ARCHITECTURES="${HPA_CUDA_ARCHITECTURES}")
+    HPA_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}" HPA_CUDA_ARCHITECTURES="${HPA_CUDA_ARCHITECTURES_TEXT}")
 else()
   target_sources(hpa PRIVATE csrc/cuda/absent.cpp)
 endif()

@@ -23,22 +23,24 @@ bool is_empty(const View& view) {
     if (!(condition)) return ::hpa::Status::invalid(message); \
   } while (false)
 
-#define HPA_REQUIRE_MATRIX(m)                                                                                     \
-  do {                                                                                                            \
-    HPA_REQUIRE(known_dtype((m).dtype), #m ": dtype must be float32, float16 or bfloat16");                       \
-    HPA_REQUIRE((m).rows >= 0 && (m).columns >= 0, #m ": rows and columns must not be negative");                 \
-    HPA_REQUIRE((m).rows <= 1 || (m).row_stride >= (m).columns, #m ": row_stride must be at least columns");      \
-    HPA_REQUIRE((m).data != nullptr || is_empty(m), #m ": data is null, but the matrix is not empty");            \
+#define HPA_REQUIRE_MATRIX(m)                                                                                \
+  do {                                                                                                       \
+    HPA_REQUIRE(known_dtype((m).dtype), #m ": dtype must be float32, float16 or bfloat16");                  \
+    HPA_REQUIRE((m).rows >= 0 && (m).columns >= 0, #m ": rows and columns must not be negative");            \
+    HPA_REQUIRE((m).rows <= 1 || (m).row_stride >= (m).columns, #m ": row_stride must be at least columns"); \
+    HPA_REQUIRE((m).data != nullptr || is_empty(m), #m ": data is null, but the matrix is not empty");       \
   } while (false)
 
-#define HPA_REQUIRE_SAME_SHAPE(a, b)                                                                       \
-  do {                                                                                                     \
-    HPA_REQUIRE((a).dtype == (b).dtype, #b ": dtype must be that of " #a);                                 \
-    HPA_REQUIRE((a).rows == (b).rows && (a).columns == (b).columns, #b ": shape must be that of " #a);     \
+#define HPA_REQUIRE_SAME_SHAPE(a, b)                                                                   \
+  do {                                                                                                 \
+    HPA_REQUIRE((a).dtype == (b).dtype, #b ": dtype must be that of " #a);                             \
+    HPA_REQUIRE((a).rows == (b).rows && (a).columns == (b).columns, #b ": shape must be that of " #a); \
   } while (false)
 
-#define HPA_REQUIRE_WORKSPACE(workspace) \
-  HPA_REQUIRE((workspace) != nullptr && aligned16(workspace), "workspace: must not be null and must be 16-byte aligned")
+#define HPA_REQUIRE_WORKSPACE(workspace)                         \
+  HPA_REQUIRE((workspace) != nullptr && aligned16(workspace),    \
+              "workspace: must not be null and must be 16-byte " \
+              "aligned")
 
 inline bool aligned16(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
 

@@ -2,11 +2,10 @@
 // finds the k-th largest key in four passes of eight bits over integer counts, then one ordered pass writes the mask.
 // Everything is counted in integers, so the order of the atomics cannot show. Emulated on the CPU only; not yet run on
 // a GPU (docs/kernels.md).
-#include "hpa/column_mask.h"
-
 #include "cuda/check.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/numeric.cuh"
+#include "hpa/column_mask.h"
 
 namespace hpa::cuda {
 namespace {
@@ -24,8 +23,8 @@ __device__ __forceinline__ std::uint32_t ordered_key(float score) {
 }
 
 struct Selection {
-  std::uint32_t prefix;    // the digits of the k-th largest key found so far
-  unsigned remaining;      // how many to take among the keys with this prefix
+  std::uint32_t prefix;  // the digits of the k-th largest key found so far
+  unsigned remaining;    // how many to take among the keys with this prefix
 };
 
 __global__ void __launch_bounds__(kThreads) select_highest(ColumnMaskArguments arguments) {
@@ -36,88 +35,86 @@ __global__ void __launch_bounds__(kThreads) select_highest(ColumnMaskArguments a
   const int warp = threadIdx.x / kWarp;
   const std::int64_t columns = arguments.columns;
 
-  for (std::int64_t row = blockIdx.x; row < arguments.batch; row += gridDim.x) {
-    const float* const scores = arguments.scores + row * columns;
-    const std::uint8_t* const eligible = arguments.eligible == nullptr ? nullptr : arguments.eligible + row * columns;
-    std::uint8_t* const mask = arguments.mask + row * columns;
-    std::uint32_t prefix = 0;
-    unsigned remaining = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-      for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) histogram[digit] = 0;
-      __syncthreads();
-      const std::uint32_t known = shift == 24 ? 0u : 0xffffffffu << (shift + 8);
-      for (std::int64_t column = threadIdx.x; column < columns; column += kThreads) {
-        if (eligible != nullptr && eligible[column] == 0) continue;
-        const std::uint32_t key = ordered_key(scores[column]);
-        if ((key & known) == prefix) atomicAdd(&histogram[(key >> shift) & 0xffu], 1u);
-      }
-      __syncthreads();
-      if (warp == 0) {
-        // Lane l holds the counts of eight digits, the highest digits in lane 0.
-        const int top = kDigits - 1 - lane * 8;
-        unsigned own = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) own += histogram[top - i];
-        unsigned through = own;  // keys in this lane's digits and higher ones
-#pragma unroll
-        for (int distance = 1; distance < kWarp; distance *= 2) {
-          const unsigned lower_lane = __shfl_up_sync(0xffffffffu, through, distance);
-          if (lane >= distance) through += lower_lane;
-        }
-        if (shift == 24) {
-          const unsigned total = __shfl_sync(0xffffffffu, through, kWarp - 1);
-          const std::int64_t wanted = arguments.counts[row];
-          remaining = wanted <= 0 ? 0u : (wanted >= total ? total : static_cast<unsigned>(wanted));
-          if (remaining == 0 && lane == 0) selection = {0u, 0u};
-        }
-        const unsigned above_lane = through - own;
-        if (above_lane < remaining && remaining <= through) {  // true in one lane, or in none when remaining is 0
-          unsigned above = above_lane;
-          int digit = top;
-          while (above + histogram[digit] < remaining) above += histogram[digit--];
-          selection = {prefix | (static_cast<std::uint32_t>(digit) << shift), remaining - above};
-        }
-      }
-      __syncthreads();
-      prefix = selection.prefix;
-      remaining = selection.remaining;
-      if (remaining == 0) break;  // the same in every thread; only ever in the first pass
+  const std::int64_t row = blockIdx.x;
+  const float* const scores = arguments.scores + row * columns;
+  const std::uint8_t* const eligible = arguments.eligible == nullptr ? nullptr : arguments.eligible + row * columns;
+  std::uint8_t* const mask = arguments.mask + row * columns;
+  std::uint32_t prefix = 0;
+  unsigned remaining = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    for (int digit = threadIdx.x; digit < kDigits; digit += kThreads) histogram[digit] = 0;
+    __syncthreads();
+    const std::uint32_t known = shift == 24 ? 0u : 0xffffffffu << (shift + 8);
+    for (std::int64_t column = threadIdx.x; column < columns; column += kThreads) {
+      if (eligible != nullptr && eligible[column] == 0) continue;
+      const std::uint32_t key = ordered_key(scores[column]);
+      if ((key & known) == prefix) atomicAdd(&histogram[(key >> shift) & 0xffu], 1u);
     }
+    __syncthreads();
+    if (warp == 0) {
+      // Lane l holds the counts of eight digits, the highest digits in lane 0.
+      const int top = kDigits - 1 - lane * 8;
+      unsigned own = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) own += histogram[top - i];
+      unsigned through = own;  // keys in this lane's digits and higher ones
+#pragma unroll
+      for (int distance = 1; distance < kWarp; distance *= 2) {
+        const unsigned lower_lane = __shfl_up_sync(0xffffffffu, through, distance);
+        if (lane >= distance) through += lower_lane;
+      }
+      if (shift == 24) {
+        const unsigned total = __shfl_sync(0xffffffffu, through, kWarp - 1);
+        const std::int64_t wanted = arguments.counts[row];
+        remaining = wanted <= 0 ? 0u : (wanted >= total ? total : static_cast<unsigned>(wanted));
+        if (remaining == 0 && lane == 0) selection = {0u, 0u};
+      }
+      const unsigned above_lane = through - own;
+      if (above_lane < remaining && remaining <= through) {  // true in one lane, or in none when remaining is 0
+        unsigned above = above_lane;
+        int digit = top;
+        while (above + histogram[digit] < remaining) above += histogram[digit--];
+        selection = {prefix | (static_cast<std::uint32_t>(digit) << shift), remaining - above};
+      }
+    }
+    __syncthreads();
+    prefix = selection.prefix;
+    remaining = selection.remaining;
+    if (remaining == 0) break;  // the same in every thread; only ever in the first pass
+  }
 
-    // Everything above the threshold is taken, and of the keys equal to it the first `remaining`.
-    unsigned ties_before = 0;
-    int parity = 0;
-    for (std::int64_t start = 0; start < columns; start += kThreads, parity ^= 1) {
-      const std::int64_t column = start + threadIdx.x;
-      const bool candidate = column < columns && remaining > 0 && (eligible == nullptr || eligible[column] != 0);
-      const std::uint32_t key = candidate ? ordered_key(scores[column]) : 0u;
-      const bool tie = candidate && key == prefix;
-      const unsigned ties = __ballot_sync(0xffffffffu, tie);
-      if (lane == 0) tie_counts[parity][warp] = __popc(ties);
-      __syncthreads();
-      unsigned rank = ties_before + __popc(ties & ((1u << lane) - 1u));
+  // Everything above the threshold is taken, and of the keys equal to it the first `remaining`.
+  unsigned ties_before = 0;
+  int parity = 0;
+  for (std::int64_t start = 0; start < columns; start += kThreads, parity ^= 1) {
+    const std::int64_t column = start + threadIdx.x;
+    const bool candidate = column < columns && remaining > 0 && (eligible == nullptr || eligible[column] != 0);
+    const std::uint32_t key = candidate ? ordered_key(scores[column]) : 0u;
+    const bool tie = candidate && key == prefix;
+    const unsigned ties = __ballot_sync(0xffffffffu, tie);
+    if (lane == 0) tie_counts[parity][warp] = __popc(ties);
+    __syncthreads();
+    unsigned rank = ties_before + __popc(ties & ((1u << lane) - 1u));
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const unsigned count = tie_counts[parity][w];
-        if (w < warp) rank += count;
-        ties_before += count;
-      }
-      if (column < columns) mask[column] = candidate && (key > prefix || (tie && rank < remaining)) ? 1 : 0;
+    for (int w = 0; w < kWarps; ++w) {
+      const unsigned count = tie_counts[parity][w];
+      if (w < warp) rank += count;
+      ties_before += count;
     }
-    __syncthreads();  // the next row reuses the shared memory
+    if (column < columns) mask[column] = candidate && (key > prefix || (tie && rank < remaining)) ? 1 : 0;
   }
 }
 
 }  // namespace
 
 Status column_mask(ColumnMaskArguments arguments, Stream stream) {
-  HPA_REQUIRE(arguments.batch >= 0, "batch: must not be negative");
+  HPA_REQUIRE(arguments.batch >= 0 && arguments.batch <= kMaximumGrid, "batch: must be between 0 and 2^31 - 1");
   HPA_REQUIRE(arguments.columns >= 0 && arguments.columns <= 0x7fffffff, "columns: must be between 0 and 2^31 - 1");
   if (arguments.batch == 0 || arguments.columns == 0) return {};
   HPA_REQUIRE(arguments.scores != nullptr, "scores: must not be null");
   HPA_REQUIRE(arguments.counts != nullptr, "counts: must not be null");
   HPA_REQUIRE(arguments.mask != nullptr, "mask: must not be null");
-  return launch(select_highest, grid_of(smaller(arguments.batch, kMaximumGrid)), kThreads, 0, stream, arguments);
+  return launch(select_highest, grid_of(arguments.batch), kThreads, 0, stream, arguments);
 }
 
 }  // namespace hpa::cuda

@@ -1,12 +1,11 @@
 // column_scores: sum_i D_ij^2 per column, <D, w_old> and ||w_old||^2 with D = w_new - w_old, both weights read once
 // (HPA sections 3.1, 3.3). The matrix is cut into strips of rows; a block sums 256 columns of a strip, a second kernel
 // adds the strips in float64 in a fixed order. Emulated on the CPU only; not yet run on a GPU (docs/kernels.md).
-#include "hpa/column_scores.h"
-
 #include "cuda/check.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/numeric.cuh"
 #include "cuda/reduce.cuh"
+#include "hpa/column_scores.h"
 
 namespace hpa::cuda {
 namespace {
@@ -17,11 +16,6 @@ constexpr int kRowLanes = kThreads / kWarp;
 constexpr int kFinishColumns = 32;
 // 8 for each of 132 multiprocessors; a constant, so that results do not depend on the device.
 constexpr std::int64_t kTargetBlocks = 1056;
-
-template <class T, bool kVectorized>
-constexpr int rows_in_flight() {
-  return !kVectorized ? 1 : (sizeof(T) == 2 ? 4 : 2);
-}
 
 // How the matrix is cut, from its size alone.
 struct Strips {
@@ -43,9 +37,9 @@ __global__ void __launch_bounds__(kThreads)
     sum_strips(const T* w_old, std::int64_t old_stride,  // [rows, columns]
                const T* w_new, std::int64_t new_stride,  // [rows, columns]
                std::int64_t rows, std::int64_t columns, std::int64_t rows_per_strip, std::int64_t column_blocks,
-               float* column_parts,                      // [strips, columns]
-               float2* scalar_parts) {                   // [strips, column_blocks]
-  constexpr int kInFlight = rows_in_flight<T, kVectorized>();
+               float* column_parts,     // [strips, columns]
+               float2* scalar_parts) {  // [strips, column_blocks]
+  constexpr int kInFlight = kRowsInFlight<T, kVectorized>;
   HPA_SHARED(lane_sums, float[kRowLanes][8][kWarp + 1]);
   HPA_SHARED(inner_scratch, float[kRowLanes]);
   HPA_SHARED(norm_scratch, float[kRowLanes]);
@@ -123,7 +117,8 @@ __global__ void __launch_bounds__(kThreads)
   double total = 0.0;
   if (column < columns) {
 #pragma unroll 4
-    for (std::int64_t strip = strip_lane; strip < strips; strip += kRowLanes) total += column_parts[strip * columns + column];
+    for (std::int64_t strip = strip_lane; strip < strips; strip += kRowLanes)
+      total += column_parts[strip * columns + column];
   }
   lane_totals[strip_lane][lane] = total;
   __syncthreads();

@@ -4,9 +4,8 @@
 // contiguous along the outputs; ldmatrix.trans turns them. float32: the same pipeline with float32 FMA, exact products
 // and no splitting. The block that owns a tile adds it to G itself; with few tiles the tokens are split over blocks
 // that write partial tiles, added in a fixed order by a second kernel. Tensor cores truncate into their accumulator, so
-// sums leave the registers at least every 8192 tokens. Emulated on the CPU only; not yet run on a GPU (docs/kernels.md).
-#include "hpa/gram.h"
-
+// sums leave the registers at least every 8192 tokens. Emulated on the CPU only; not yet run on a GPU
+// (docs/kernels.md).
 #include <type_traits>
 
 #include "cuda/check.cuh"
@@ -14,6 +13,7 @@
 #include "cuda/numeric.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/tile_pipeline.cuh"
+#include "hpa/gram.h"
 
 namespace hpa::cuda {
 namespace {
@@ -74,21 +74,22 @@ struct TensorTile {
     using Layout = StageLayout<T>;
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int matrix = lane / 8, matrix_row = lane % 8;
+    // ldmatrix.trans wants, in registers 0..3 of a: (m, k) = (0, 0), (8, 0), (0, 8), (8, 8); of two b: (k, n) = (0, 0),
+    // (8, 0), (0, 8), (8, 8). 16 rows further the permutation is the same, so that one address serves every k.
+    ptx::SharedAddress a_address[4], b_address[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int a_chunk = (warp / 2) * 8 + i * 2 + matrix % 2, b_chunk = (warp % 2) * 8 + i * 2 + matrix / 2;
+      a_address[i] = ptx::shared_address(p) + 2 * Layout::offset((matrix / 2) * 8 + matrix_row, a_chunk);
+      b_address[i] = ptx::shared_address(q) + 2 * Layout::offset((matrix % 2) * 8 + matrix_row, b_chunk);
+    }
 #pragma unroll
     for (int k = 0; k < Layout::kRows; k += 16) {
-      // ldmatrix.trans wants, in registers 0..3 of a: (m, k) = (0, 0), (8, 0), (0, 8), (8, 8); of two b: (k, n) = (0, 0),
-      // (8, 0), (0, 8), (8, 8).
       std::uint32_t a[4][4], b[4][4];
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const int chunk = (warp / 2) * 8 + m * 2 + matrix % 2;
-        ptx::ldmatrix_x4_trans(a[m], p + Layout::offset(k + (matrix / 2) * 8 + matrix_row, chunk));
-      }
+      for (int m = 0; m < 4; ++m) ptx::ldmatrix_x4_trans(a[m], a_address[m] + k * kTile * 2);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int chunk = (warp % 2) * 8 + n * 2 + matrix / 2;
-        ptx::ldmatrix_x4_trans(b[n], q + Layout::offset(k + (matrix % 2) * 8 + matrix_row, chunk));
-      }
+      for (int n = 0; n < 4; ++n) ptx::ldmatrix_x4_trans(b[n], b_address[n] + k * kTile * 2);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
 #pragma unroll
@@ -106,12 +107,8 @@ struct TensorTile {
   // This thread's elements by number: where the first lies in the tile, and how far from it the others.
   static constexpr int kElements = 128;
   static constexpr int kGroup = 16;
-  static __device__ __forceinline__ int first_row() {
-    return threadIdx.x / (2 * kWarp) * 64 + threadIdx.x % kWarp / 4;
-  }
-  static __device__ __forceinline__ int first_column() {
-    return threadIdx.x / kWarp % 2 * 64 + threadIdx.x % 4 * 2;
-  }
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / (2 * kWarp) * 64 + threadIdx.x % kWarp / 4; }
+  static __device__ __forceinline__ int first_column() { return threadIdx.x / kWarp % 2 * 64 + threadIdx.x % 4 * 2; }
   static __host__ __device__ constexpr int row_offset(int e) { return e / 32 * 16 + e / 2 % 2 * 8; }
   static __host__ __device__ constexpr int column_offset(int e) { return e / 4 % 8 * 8 + e % 2; }
   __device__ __forceinline__ float value_of(int e) const { return sums[e / 32][e / 4 % 8][e % 4]; }
@@ -190,27 +187,25 @@ __device__ __forceinline__ void add_to_part(const Tile& tile, float* part, bool 
 template <class T, bool kVectorized>
 __global__ void __launch_bounds__(TileFor<T>::type::kThreads, 2) add_tiles(const T* x, Gram g) {  // x [tokens, in]
   using Tile = typename TileFor<T>::type;
-  using Loader = StageLoader<T, Tile::kThreads, kVectorized>;
   HPA_DYNAMIC_SHARED(memory);
   const TilePlace place = triangle_place(blockIdx.x);
-  const bool diagonal = place.row == place.column;
   const std::int64_t first_row = static_cast<std::int64_t>(place.row) * kTile;
   const std::int64_t first_column = static_cast<std::int64_t>(place.column) * kTile;
-  const Loader row_loader(x, g.x_stride, first_row, g.in, g.token_mask);
-  const Loader column_loader(x, g.x_stride, first_column, g.in, g.token_mask);
+  const Panel<T> panel{x, g.x_stride, g.in, g.token_mask};
   const std::int64_t begin = blockIdx.y * g.tokens_per_split;
   const std::int64_t end = smaller(g.tokens, begin + g.tokens_per_split);
 
   Tile tile;
   for (std::int64_t from = begin; from < end; from += kFlushTokens) {
     tile.clear();
-    run_stages(row_loader, column_loader, diagonal, reinterpret_cast<T*>(memory), from,
-               smaller(end, from + kFlushTokens), [&](const T* p, const T* q) { tile.add(p, q); });
+    run_stages<Tile::kThreads, kVectorized>(panel, first_row, first_column, reinterpret_cast<T*>(memory), from,
+                                            smaller(end, from + kFlushTokens),
+                                            [&](const T* p, const T* q) { tile.add(p, q); });
     if (g.parts == nullptr) {
       add_to_gram(tile, g.gram, ptx::opaque(g.gram_stride), g.in, ptx::opaque(first_row), ptx::opaque(first_column));
     } else {
-      add_to_part(tile, ptx::opaque(g.parts + (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * kTileElements),
-                  from == begin);
+      const std::int64_t part = (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * kTileElements;
+      add_to_part(tile, g.parts + ptx::opaque(part), from == begin);
     }
   }
 }
@@ -228,8 +223,8 @@ __global__ void __launch_bounds__(256) add_parts(Gram g, std::int64_t splits) {
   const std::int64_t first_row = static_cast<std::int64_t>(place.row) * kTile + part_row;
   const std::int64_t first_column = static_cast<std::int64_t>(place.column) * kTile + part_column;
   for (int r = threadIdx.x / kPart; r < kPart; r += 256 / kPart) {
-    const float* const source = g.parts + static_cast<std::int64_t>(blockIdx.x) * kTileElements +
-                                (part_row + r) * kTile + part_column + lane;
+    const float* const source =
+        g.parts + static_cast<std::int64_t>(blockIdx.x) * kTileElements + (part_row + r) * kTile + part_column + lane;
     float total = 0.0f;
     for (std::int64_t split = 0; split < splits; ++split) total += source[split * gridDim.x * kTileElements];
     turned[r][lane] = total;
@@ -261,12 +256,18 @@ Status gram_accumulate(ConstMatrix x, const std::uint8_t* token_mask, float* gra
   const Cut cut = cut_of(x.rows, x.columns);
   HPA_REQUIRE(x.columns <= kMaximumColumns && cut.tiles <= kMaximumGrid, "x: too many columns");
   if (cut.splits > 1) HPA_REQUIRE_WORKSPACE(workspace);
-  const Gram g{token_mask,         gram,        cut.splits > 1 ? static_cast<float*>(workspace) : nullptr,
-               x.row_stride,       gram_stride, x.rows,
-               x.columns,          cut.tokens_per_split};
+  const Gram g{token_mask,
+               gram,
+               cut.splits > 1 ? static_cast<float*>(workspace) : nullptr,
+               x.row_stride,
+               gram_stride,
+               x.rows,
+               x.columns,
+               cut.tokens_per_split};
   const Status multiplied = with_dtype(x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return with_bool(rows_aligned16(x), [&](auto flag) {
+    const bool vectorized = rows_aligned16(x) && x.columns * sizeof(T) % 16 == 0;
+    return with_bool(vectorized, [&](auto flag) {
       return launch(add_tiles<T, decltype(flag)::value>, grid_of(cut.tiles, cut.splits), TileFor<T>::type::kThreads,
                     kPipelineBytes, stream, static_cast<const T*>(x.data), g);
     });

@@ -5,12 +5,10 @@
 // rows, in one lower triangle C: right of the panel it holds what is left of A, left of it what has gathered for M.
 // For panel p, with R the panel's finished rows [kPanel, size]:
 //   factor_panel   C_pp = L_pp L_pp^T, R_p = L_pp^-1, in the registers of one block
-//   finish_panel   R_j = L_pp^-1 C_pj: for j < p rows of M, whose squares join the norms; for j > p the transpose of L_jp
-//   update         C_ij = (j = p ? 0 : C_ij) - R_i^T R_j for all i > p, j <= i
-// so M is never stored, and everything is 2/3 size^3 operations in 3 launches a panel. A matrix that fails is left alone
-// from there on. Emulated on the CPU only; not yet run on a GPU (docs/kernels.md).
-#include "hpa/inverse_diagonal.h"
-
+//   finish_panel   R_j = L_pp^-1 C_pj: for j < p rows of M, whose squares join the norms; for j > p the transpose of
+//   L_jp update         C_ij = (j = p ? 0 : C_ij) - R_i^T R_j for all i > p, j <= i
+// so M is never stored, and everything is 2/3 size^3 operations in 3 launches a panel. A matrix that fails is left
+// alone from there on. Emulated on the CPU only; not yet run on a GPU (docs/kernels.md).
 #include <cmath>
 
 #include "cuda/check.cuh"
@@ -18,6 +16,7 @@
 #include "cuda/numeric.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/tile_pipeline.cuh"
+#include "hpa/inverse_diagonal.h"
 
 namespace hpa::cuda {
 namespace {
@@ -39,13 +38,13 @@ struct Work {
   std::int64_t size, padded, bytes;  // padded: size rounded up to whole panels
 
   __host__ __device__ std::int64_t matrix_elements() const { return padded * padded; }
-  __device__ T* matrix(std::int64_t b) const { return reinterpret_cast<T*>(base + b * bytes); }                // [padded, padded]
-  __device__ T* rows(std::int64_t b) const { return matrix(b) + matrix_elements(); }                            // [kPanel, padded]
-  __device__ T* inverse(std::int64_t b) const { return rows(b) + kPanel<T> * padded; }                          // [kPanel, kPanel]
-  __device__ double* scales(std::int64_t b) const {                                                             // [padded]
+  __device__ T* matrix(std::int64_t b) const { return reinterpret_cast<T*>(base + b * bytes); }  // [padded, padded]
+  __device__ T* rows(std::int64_t b) const { return matrix(b) + matrix_elements(); }             // [kPanel, padded]
+  __device__ T* inverse(std::int64_t b) const { return rows(b) + kPanel<T> * padded; }           // [kPanel, kPanel]
+  __device__ double* scales(std::int64_t b) const {                                              // [padded]
     return reinterpret_cast<double*>(inverse(b) + kPanel<T> * kPanel<T>);
   }
-  __device__ double* norms(std::int64_t b) const { return scales(b) + padded; }                                 // [padded]
+  __device__ double* norms(std::int64_t b) const { return scales(b) + padded; }  // [padded]
   __device__ State* state(std::int64_t b) const { return reinterpret_cast<State*>(norms(b) + padded); }
 };
 
@@ -53,8 +52,10 @@ template <class T>
 Work<T> work_of(std::int64_t size) {
   Work<T> work{nullptr, size, round_up<std::int64_t>(size, kPanel<T>), 0};
   work.bytes = static_cast<std::int64_t>(sizeof(T)) *
-                   (work.matrix_elements() + kPanel<T> * work.padded + std::int64_t{kPanel<T>} * kPanel<T>) +
-               static_cast<std::int64_t>(sizeof(double)) * 2 * work.padded + 256;
+                   (work.matrix_elements() + kPanel<T> * work.padded +
+                    std::int64_t{kPanel<T>} * kPanel<T>)+static_cast<std::int64_t>(sizeof(double)) *
+                   2 * work.padded +
+               256;
   work.bytes = round_up<std::int64_t>(work.bytes, 256);
   return work;
 }
@@ -68,7 +69,8 @@ __global__ void __launch_bounds__(kThreads) prepare(MatrixBatch h, double dampin
   const std::int64_t b = blockIdx.x;
   const float* const matrix = h.data + b * h.batch_stride;
   double sum = 0.0;
-  for (std::int64_t j = threadIdx.x; j < h.size; j += kThreads) sum += static_cast<double>(matrix[j * h.row_stride + j]);
+  for (std::int64_t j = threadIdx.x; j < h.size; j += kThreads)
+    sum += static_cast<double>(matrix[j * h.row_stride + j]);
   sum = block_sum<kThreads>(sum, scratch);
   if (threadIdx.x == 0) {
     shared_delta = damping * (sum / static_cast<double>(h.size));
@@ -76,8 +78,7 @@ __global__ void __launch_bounds__(kThreads) prepare(MatrixBatch h, double dampin
   }
   __syncthreads();
   for (std::int64_t j = threadIdx.x; j < work.padded; j += kThreads) {
-    const double diagonal =
-        j < h.size ? static_cast<double>(matrix[j * h.row_stride + j]) + shared_delta : 1.0;
+    const double diagonal = j < h.size ? static_cast<double>(matrix[j * h.row_stride + j]) + shared_delta : 1.0;
     work.scales(b)[j] = diagonal > 0.0 ? 1.0 / sqrt(diagonal) : (diagonal < 0.0 ? -1.0 : 0.0);
     work.norms(b)[j] = 0.0;
   }
@@ -123,8 +124,8 @@ __global__ void __launch_bounds__(kThreads) scale_matrix(MatrixBatch h, Work<T> 
   }
 }
 
-// blockIdx.x: the matrix. Elimination on the [kPanel, kPanel] block held in registers, thread (y, x) owning rows y + 16 r
-// and columns x + 16 c. Step s leaves row s of M in place: columns up to s hold M, those beyond hold A.
+// blockIdx.x: the matrix. Elimination on the [kPanel, kPanel] block held in registers, thread (y, x) owning rows y + 16
+// r and columns x + 16 c. Step s leaves row s of M in place: columns up to s hold M, those beyond hold A.
 template <class T>
 __global__ void __launch_bounds__(kThreads) factor_panel(Work<T> work, std::int64_t panel) {
   constexpr int kSide = kPanel<T> / 16;
@@ -160,7 +161,8 @@ __global__ void __launch_bounds__(kThreads) factor_panel(Work<T> work, std::int6
       __syncthreads();  // one a step: the next step writes the other half
       const T pivot = pivot_row[step];
       if (!(pivot > T(0))) {  // NaN too; the same in every thread
-        if (threadIdx.x == 0) *work.state(b) = State{static_cast<std::int32_t>(first + step + 1), static_cast<float>(pivot)};
+        if (threadIdx.x == 0)
+          *work.state(b) = State{static_cast<std::int32_t>(first + step + 1), static_cast<float>(pivot)};
         return;
       }
       smallest = smaller(smallest, pivot);
@@ -267,21 +269,18 @@ __global__ void __launch_bounds__(kThreads, 2) finish_panel(Work<T> work, std::i
 // blockIdx.x: the tile of the lower triangle below the panel; blockIdx.y: the matrix.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) update(Work<T> work, std::int64_t panel) {
-  using Loader = StageLoader<T, kThreads, true>;
   HPA_DYNAMIC_SHARED(memory);
   const std::int64_t b = blockIdx.y;
   if (work.state(b)->failed_minor != 0) return;
   const TilePlace place = triangle_place(blockIdx.x + (panel + 1) * (panel + 2) / 2);
   const std::int64_t first_row = static_cast<std::int64_t>(place.row) * kPanel<T>;
   const std::int64_t first_column = static_cast<std::int64_t>(place.column) * kPanel<T>;
-  const T* const rows = work.rows(b);
-  const Loader row_loader(rows, work.padded, first_row, work.padded, nullptr);
-  const Loader column_loader(rows, work.padded, first_column, work.padded, nullptr);
+  const Panel<T> rows{work.rows(b), work.padded, work.padded, nullptr};
 
   ScalarTile<T> tile;
   tile.clear();
-  run_stages(row_loader, column_loader, place.row == place.column, reinterpret_cast<T*>(memory), 0, kPanel<T>,
-             [&](const T* p, const T* q) { tile.add(p, q); });
+  run_stages<kThreads, true>(rows, first_row, first_column, reinterpret_cast<T*>(memory), 0, kPanel<T>,
+                             [&](const T* p, const T* q) { tile.add(p, q); });
 
   T* const target = work.matrix(b) + first_row * work.padded + first_column;
   const bool fresh = place.column == panel;
@@ -334,7 +333,8 @@ Status run(MatrixBatch h, double damping, InverseDiagonalResult result, void* wo
     status = launch(update<T>, grid_of(tiles, h.batch), kThreads, kPipelineBytes, stream, work, panel);
     if (!status.ok()) return status;
   }
-  return launch(finish<T>, grid_of(ceil_div<std::int64_t>(h.size, kThreads), h.batch), kThreads, 0, stream, result, work);
+  return launch(finish<T>, grid_of(ceil_div<std::int64_t>(h.size, kThreads), h.batch), kThreads, 0, stream, result,
+                work);
 }
 
 constexpr std::int64_t kMaximumSize = 1 << 18;
@@ -348,7 +348,8 @@ Status run_all(MatrixBatch h, double damping, InverseDiagonalResult result, void
     some.batch = smaller(h.batch - first, kMaximumGridYZ);
     const InverseDiagonalResult place{result.diagonal + first * h.size, result.failed_minor + first,
                                       result.smallest_pivot + first};
-    const Status status = run<T>(some, damping, place, static_cast<unsigned char*>(workspace) + first * work_of<T>(h.size).bytes, stream);
+    const Status status =
+        run<T>(some, damping, place, static_cast<unsigned char*>(workspace) + first * work_of<T>(h.size).bytes, stream);
     if (!status.ok()) return status;
   }
   return {};
@@ -382,7 +383,8 @@ Status inverse_diagonal(MatrixBatch h, double damping, Precision precision, Inve
   HPA_REQUIRE(result.failed_minor != nullptr, "failed_minor: must not be null");
   HPA_REQUIRE(result.smallest_pivot != nullptr, "smallest_pivot: must not be null");
   if (h.size == 0) {
-    return launch(finish_empty, grid_of(ceil_div<std::int64_t>(h.batch, kThreads)), kThreads, 0, stream, result, h.batch);
+    return launch(finish_empty, grid_of(ceil_div<std::int64_t>(h.batch, kThreads)), kThreads, 0, stream, result,
+                  h.batch);
   }
   HPA_REQUIRE(h.data != nullptr, "h: data is null, but the batch is not empty");
   HPA_REQUIRE(result.diagonal != nullptr, "diagonal: must not be null");

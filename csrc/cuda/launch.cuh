@@ -23,7 +23,7 @@ using Exactly = Type;  // lets HPA_SHARED take array types
 #define HPA_SHARED(name, ...) static auto& name = hpa_emulation::shared_variable<__VA_ARGS__>()
 #define HPA_DYNAMIC_SHARED(name) unsigned char* const name = hpa_emulation::dynamic_shared()
 #else
-#define HPA_SHARED(name, ...) __shared__ ::hpa::cuda::Exactly<__VA_ARGS__> name
+#define HPA_SHARED(name, ...) __shared__::hpa::cuda::Exactly<__VA_ARGS__> name
 #define HPA_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
@@ -76,7 +76,8 @@ Status launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t
   config.blockDim = dim3(static_cast<unsigned>(threads), 1, 1);
   config.dynamicSmemBytes = dynamic_shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  return checked(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "a CUDA kernel launch failed");
+  return checked(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
+                 "a CUDA kernel launch failed");
 }
 
 inline dim3 grid_of(std::int64_t x, std::int64_t y = 1, std::int64_t z = 1) {

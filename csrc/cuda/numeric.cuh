@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/launch.cuh"
 #include "cuda/ptx.cuh"
@@ -24,9 +25,7 @@ __device__ __forceinline__ float to_float(BFloat16 value) {
 // Round to nearest even.
 __device__ __forceinline__ void from_float(float value, float& result) { result = value; }
 __device__ __forceinline__ void from_float(float value, Float16& result) { result.bits = ptx::half_of_float(value); }
-__device__ __forceinline__ void from_float(float value, BFloat16& result) {
-  result.bits = ptx::bfloat_of_float(value);
-}
+__device__ __forceinline__ void from_float(float value, BFloat16& result) { result.bits = ptx::bfloat_of_float(value); }
 
 // By bits, so that no compiler option can fold it away.
 __device__ __forceinline__ bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
@@ -50,26 +49,28 @@ struct Eight {
       return to_float(T{static_cast<std::uint16_t>(bits(i))});
     }
   }
-  // Elements are set in ascending order, each once.
-  __device__ __forceinline__ void set_bits(int i, std::uint32_t value_bits) {
-    if constexpr (sizeof(T) == 4) {
-      words[i] = value_bits;
-    } else {
-      words[i / 2] = i % 2 == 0 ? value_bits : (words[i / 2] | (value_bits << 16));
+  // For each element the one of `kept` where its bit in `keep` is set, else values[i] rounded to nearest even.
+  static __device__ __forceinline__ Eight choose(unsigned keep, const Eight& kept, const float (&values)[8]) {
+    Eight result;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (sizeof(T) == 4) {
+        result.words[w] = (keep >> w) & 1u ? kept.words[w] : __float_as_uint(values[w]);
+      } else {
+        const std::uint32_t mask =
+            ((keep >> (2 * w)) & 1u ? 0xffffu : 0u) | ((keep >> (2 * w)) & 2u ? 0xffff0000u : 0u);
+        result.words[w] = (kept.words[w] & mask) | (rounded_pair(values[2 * w], values[2 * w + 1]) & ~mask);
+      }
     }
+    return result;
+  }
+
+ private:
+  static __device__ __forceinline__ std::uint32_t rounded_pair(float low, float high) {
+    if constexpr (std::is_same_v<T, Float16>) return ptx::halves_of_floats(low, high);
+    return ptx::bfloats_of_floats(low, high);
   }
 };
-
-template <class T>
-__device__ __forceinline__ std::uint32_t rounded_bits(float value) {
-  if constexpr (sizeof(T) == 4) {
-    return __float_as_uint(value);
-  } else {
-    T result;
-    from_float(value, result);
-    return result.bits;
-  }
-}
 
 template <class T>
 __device__ __forceinline__ std::uint32_t bits_of(T value) {
@@ -113,8 +114,16 @@ __device__ __forceinline__ Eight<T> load_eight(const T* source, int count) {
       result.words[4 * v + 3] = vector.w;
     }
   } else {
+    result = zero_eight<T>();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) result.set_bits(i, i < count ? bits_of(source[i]) : 0u);
+    for (int i = 0; i < 8; ++i) {
+      const std::uint32_t bits = i < count ? bits_of(source[i]) : 0u;
+      if constexpr (sizeof(T) == 4) {
+        result.words[i] = bits;
+      } else {
+        result.words[i / 2] |= bits << (16 * (i % 2));
+      }
+    }
   }
   return result;
 }
@@ -125,7 +134,9 @@ __device__ __forceinline__ void store_eight(T* target, int count, const Eight<T>
     uint4* vectors = reinterpret_cast<uint4*>(target);
 #pragma unroll
     for (int v = 0; v < Eight<T>::kWords / 4; ++v) {
-      vectors[v] = make_uint4(value.words[4 * v], value.words[4 * v + 1], value.words[4 * v + 2], value.words[4 * v + 3]);
+      // Through the intrinsic: a plain store may be split where its branch meets the one below.
+      __stcg(vectors + v,
+             make_uint4(value.words[4 * v], value.words[4 * v + 1], value.words[4 * v + 2], value.words[4 * v + 3]));
     }
   } else {
 #pragma unroll
@@ -134,6 +145,10 @@ __device__ __forceinline__ void store_eight(T* target, int count, const Eight<T>
     }
   }
 }
+
+// How many rows of eight elements a memory-bound kernel reads before it uses the first: 64 bytes a thread and operand.
+template <class T, bool kVectorized>
+constexpr int kRowsInFlight = !kVectorized ? 1 : (sizeof(T) == 2 ? 4 : 2);
 
 // How many of the eight columns from `first` on exist.
 __device__ __forceinline__ int eight_count(std::int64_t first, std::int64_t columns) {

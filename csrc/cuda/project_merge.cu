@@ -1,11 +1,10 @@
 // project_merge: out = M * w_old + (1 - M) * (w_new - c * w_old), HPA (CVPR 2026) section 3.3, in one pass.
 // A thread owns eight neighbouring columns, so 16 bytes of a 16-bit dtype, and has kInFlight rows of both weights under
 // way before it uses the first. Emulated on the CPU only; not yet run on a GPU (docs/kernels.md).
-#include "hpa/project_merge.h"
-
 #include "cuda/check.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/numeric.cuh"
+#include "hpa/project_merge.h"
 
 namespace hpa::cuda {
 namespace {
@@ -14,22 +13,17 @@ constexpr int kThreads = 256;
 constexpr int kBlockColumns = kWarp * 8;
 constexpr int kRowLanes = kThreads / kWarp;
 
-template <class T, bool kVectorized>
-constexpr int rows_in_flight() {
-  return !kVectorized ? 1 : (sizeof(T) == 2 ? 4 : 2);
-}
-
 // No __restrict__ and no read-only loads: out may be w_old or w_new. Each thread reads its elements before it writes
 // them, and no other thread touches them.
 template <class T, bool kVectorized>
 __global__ void __launch_bounds__(kThreads)
-    merge(const T* w_old, std::int64_t old_stride,    // [rows, columns]
-          const T* w_new, std::int64_t new_stride,    // [rows, columns]
-          const std::uint8_t* mask, bool mask_rows,   // [columns], or [rows] where mask_rows
-          const float* coefficient,                   // []
-          T* out, std::int64_t out_stride,            // [rows, columns]
+    merge(const T* w_old, std::int64_t old_stride,   // [rows, columns]
+          const T* w_new, std::int64_t new_stride,   // [rows, columns]
+          const std::uint8_t* mask, bool mask_rows,  // [columns], or [rows] where mask_rows
+          const float* coefficient,                  // []
+          T* out, std::int64_t out_stride,           // [rows, columns]
           std::int64_t rows, std::int64_t columns, std::int64_t column_blocks) {
-  constexpr int kInFlight = rows_in_flight<T, kVectorized>();
+  constexpr int kInFlight = kRowsInFlight<T, kVectorized>;
   constexpr int kBlockRows = kRowLanes * kInFlight;
   const std::int64_t column_block = blockIdx.x % column_blocks;
   const std::int64_t first = column_block * kBlockColumns + static_cast<int>(threadIdx.x % kWarp) * 8;
@@ -65,13 +59,13 @@ __global__ void __launch_bounds__(kThreads)
     for (int u = 0; u < kInFlight; ++u) {
       const std::int64_t row = base + u * kRowLanes;
       if (row >= rows) continue;
-      Eight<T> merged;
+      float adjusted[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         // Two roundings, not one fused, as the CPU and torch compute it.
-        const float adjusted = __fsub_rn(new_values[u].value(i), __fmul_rn(c, old_values[u].value(i)));
-        merged.set_bits(i, (keep[u] >> i) & 1u ? old_values[u].bits(i) : rounded_bits<T>(adjusted));
+        adjusted[i] = __fsub_rn(new_values[u].value(i), __fmul_rn(c, old_values[u].value(i)));
       }
+      const Eight<T> merged = Eight<T>::choose(keep[u], old_values[u], adjusted);
       store_eight<kVectorized>(out + row * out_stride + first, count, merged);
     }
   }
@@ -104,7 +98,7 @@ Status project_merge(ConstMatrix w_old, ConstMatrix w_new, const std::uint8_t* m
     HPA_REQUIRE(column_blocks <= kMaximumGrid, "out: too many columns");
     return with_bool(vectorized, [&](auto flag) {
       constexpr bool kVectorized = decltype(flag)::value;
-      const std::int64_t needed = ceil_div<std::int64_t>(out.rows, kRowLanes * rows_in_flight<T, kVectorized>());
+      const std::int64_t needed = ceil_div<std::int64_t>(out.rows, kRowLanes * kRowsInFlight<T, kVectorized>);
       const std::int64_t row_blocks = smaller(needed, kMaximumGrid / column_blocks);
       return launch(merge<T, kVectorized>, grid_of(column_blocks * row_blocks), kThreads, 0, stream,
                     static_cast<const T*>(w_old.data), w_old.row_stride, static_cast<const T*>(w_new.data),

@@ -2,8 +2,6 @@
 // over the concatenated tasks. Shrink: hidden = (x A^T) * weight, through tensor cores for 16-bit dtypes. Expand:
 // output = hidden B^T in float32 arithmetic, since hidden stays float32. Emulated on the CPU only; not yet run on a GPU
 // (docs/kernels.md).
-#include "hpa/routed_lora.h"
-
 #include <type_traits>
 
 #include "cuda/check.cuh"
@@ -11,6 +9,7 @@
 #include "cuda/numeric.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
+#include "hpa/routed_lora.h"
 
 namespace hpa::cuda {
 namespace {
@@ -54,15 +53,16 @@ __global__ void __launch_bounds__(kThreads) shrink_tensor(Shrink s) {
     const std::int64_t k = piece + in_group * 8;
     const int count = eight_count(k, s.in);
     const Eight<T> x_upper = row < s.rows ? load_eight<kVectorized>(x + row * s.in + k, count) : zero_eight<T>();
-    const Eight<T> x_lower = row + 8 < s.rows ? load_eight<kVectorized>(x + (row + 8) * s.in + k, count) : zero_eight<T>();
+    const Eight<T> x_lower =
+        row + 8 < s.rows ? load_eight<kVectorized>(x + (row + 8) * s.in + k, count) : zero_eight<T>();
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
       const std::int64_t own = column + n * 8;
       const Eight<T> a_row = own < s.hidden ? load_eight<kVectorized>(a + own * s.in + k, count) : zero_eight<T>();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const std::uint32_t fragment[4] = {x_upper.words[2 * half], x_lower.words[2 * half], x_upper.words[2 * half + 1],
-                                           x_lower.words[2 * half + 1]};
+        const std::uint32_t fragment[4] = {x_upper.words[2 * half], x_lower.words[2 * half],
+                                           x_upper.words[2 * half + 1], x_lower.words[2 * half + 1]};
         if constexpr (std::is_same_v<T, BFloat16>) {
           ptx::mma_m16n8k16_bf16(sums[n], fragment, a_row.words[2 * half], a_row.words[2 * half + 1]);
         } else {
@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int c = own_row; c < kExpandColumns; c += kThreads / kExpandDepth) {
       const std::int64_t column = first_column + c;
-      b_tile[own_k][c] = k < hidden && column < out ? to_float(b[(task * out + column) * rank + (k - task * rank)]) : 0.0f;
+      b_tile[own_k][c] =
+          k < hidden && column < out ? to_float(b[(task * out + column) * rank + (k - task * rank)]) : 0.0f;
     }
     __syncthreads();
 #pragma unroll 8
@@ -214,8 +215,8 @@ Status run_shrink(const Shrink& s, Stream stream) {
     const std::int64_t row_blocks = ceil_div<std::int64_t>(s.rows, kShrinkRows);
     // Few rows, as in decoding: narrow blocks, so that more of them read A at once.
     if (row_blocks < 32) {
-      return launch(shrink_tensor<T, kVectorized, 1>, grid_of(row_blocks, ceil_div<std::int64_t>(s.hidden, 8)), kThreads,
-                    0, stream, s);
+      return launch(shrink_tensor<T, kVectorized, 1>, grid_of(row_blocks, ceil_div<std::int64_t>(s.hidden, 8)),
+                    kThreads, 0, stream, s);
     }
     return launch(shrink_tensor<T, kVectorized, 8>, grid_of(row_blocks, ceil_div<std::int64_t>(s.hidden, 64)), kThreads,
                   0, stream, s);
@@ -228,7 +229,8 @@ constexpr std::int64_t kMaximumSize = std::int64_t{1} << 31;
 
 std::size_t routed_lora_workspace_bytes(const RoutedLoraArguments& arguments) {
   if (arguments.batch <= 0 || arguments.tokens <= 0 || arguments.tasks <= 0 || arguments.rank <= 0) return 0;
-  return static_cast<std::size_t>(arguments.batch * arguments.tokens * arguments.tasks * arguments.rank) * sizeof(float);
+  return static_cast<std::size_t>(arguments.batch * arguments.tokens * arguments.tasks * arguments.rank) *
+         sizeof(float);
 }
 
 Status routed_lora(RoutedLoraArguments arguments, void* workspace, Stream stream) {

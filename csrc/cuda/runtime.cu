@@ -1,7 +1,6 @@
 // What the driver shows. Without a driver there are no devices, and nothing fails.
-#include "hpa/runtime.h"
-
 #include "cuda/launch.cuh"
+#include "hpa/runtime.h"
 
 namespace hpa::cuda {
 
