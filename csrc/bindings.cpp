@@ -52,7 +52,8 @@ void bind_cpu(py::module_ m) {
   m.def("thread_count", &cpu::thread_count);
   m.def("available_instruction_sets", &cpu::available_instruction_sets);
   m.def("instruction_set", &cpu::instruction_set);
-  m.def("set_instruction_set", [](const std::string& name) { raise_unless_ok(cpu::set_instruction_set(name.c_str())); });
+  m.def("set_instruction_set",
+        [](const std::string& name) { raise_unless_ok(cpu::set_instruction_set(name.c_str())); });
 
   m.def("gram_accumulate", [](Address x, int dtype, std::int64_t tokens, std::int64_t in, std::int64_t stride,
                               Address mask, Address gram, std::int64_t gram_stride) {
@@ -65,37 +66,36 @@ void bind_cpu(py::module_ m) {
         [](Address h, std::int64_t batch, std::int64_t size, std::int64_t batch_stride, std::int64_t row_stride,
            double damping, bool float64, Address diagonal, Address failed_minor, Address smallest_pivot) {
           call([&] {
-            return cpu::inverse_diagonal({pointer<const float>(h), batch, size, batch_stride, row_stride}, damping,
-                                         float64 ? Precision::float64 : Precision::float32,
-                                         {pointer<float>(diagonal), pointer<std::int32_t>(failed_minor),
-                                          pointer<float>(smallest_pivot)});
+            return cpu::inverse_diagonal(
+                {pointer<const float>(h), batch, size, batch_stride, row_stride}, damping,
+                float64 ? Precision::float64 : Precision::float32,
+                {pointer<float>(diagonal), pointer<std::int32_t>(failed_minor), pointer<float>(smallest_pivot)});
           });
         });
-  m.def("column_scores", [](Address w_old, std::int64_t old_stride, Address w_new, std::int64_t new_stride, int dtype,
-                            std::int64_t rows, std::int64_t columns, Address squared_update, Address inner_product,
-                            Address old_squared_norm) {
-    call([&] {
-      return cpu::column_scores(
-          matrix(w_old, dtype, rows, columns, old_stride), matrix(w_new, dtype, rows, columns, new_stride),
-          {pointer<float>(squared_update), pointer<float>(inner_product), pointer<float>(old_squared_norm)});
-    });
-  });
-  m.def("column_mask", [](Address scores, Address eligible, Address counts, Address mask, std::int64_t batch,
-                          std::int64_t columns) {
-    call([&] {
-      return cpu::column_mask({pointer<const float>(scores), pointer<const std::uint8_t>(eligible),
-                               pointer<const std::int64_t>(counts), pointer<std::uint8_t>(mask), batch, columns});
-    });
-  });
+  m.def("column_scores",
+        [](Address w_old, std::int64_t old_stride, Address w_new, std::int64_t new_stride, int dtype, std::int64_t rows,
+           std::int64_t columns, Address squared_update, Address inner_product, Address old_squared_norm) {
+          call([&] {
+            return cpu::column_scores(
+                matrix(w_old, dtype, rows, columns, old_stride), matrix(w_new, dtype, rows, columns, new_stride),
+                {pointer<float>(squared_update), pointer<float>(inner_product), pointer<float>(old_squared_norm)});
+          });
+        });
+  m.def("column_mask",
+        [](Address scores, Address eligible, Address counts, Address mask, std::int64_t batch, std::int64_t columns) {
+          call([&] {
+            return cpu::column_mask({pointer<const float>(scores), pointer<const std::uint8_t>(eligible),
+                                     pointer<const std::int64_t>(counts), pointer<std::uint8_t>(mask), batch, columns});
+          });
+        });
   m.def("project_merge", [](Address w_old, std::int64_t old_stride, Address w_new, std::int64_t new_stride, Address out,
                             std::int64_t out_stride, int dtype, std::int64_t rows, std::int64_t columns, Address mask,
                             bool mask_rows, Address coefficient) {
     call([&] {
-      return cpu::project_merge(
-          matrix(w_old, dtype, rows, columns, old_stride), matrix(w_new, dtype, rows, columns, new_stride),
-          pointer<const std::uint8_t>(mask), mask_rows ? MaskAxis::output : MaskAxis::input,
-          pointer<const float>(coefficient),
-          {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
+      return cpu::project_merge(matrix(w_old, dtype, rows, columns, old_stride),
+                                matrix(w_new, dtype, rows, columns, new_stride), pointer<const std::uint8_t>(mask),
+                                mask_rows ? MaskAxis::output : MaskAxis::input, pointer<const float>(coefficient),
+                                {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
     });
   });
   m.def("routed_lora", [](Address x, Address a, Address b, Address weights, Address scaling, Address output, int dtype,
@@ -126,18 +126,17 @@ void bind_cuda(py::module_ m) {
   m.def("inverse_diagonal_workspace_bytes", [](std::int64_t batch, std::int64_t size, bool float64) {
     return cuda::inverse_diagonal_workspace_bytes(batch, size, float64 ? Precision::float64 : Precision::float32);
   });
-  m.def("inverse_diagonal",
-        [](Address h, std::int64_t batch, std::int64_t size, std::int64_t batch_stride, std::int64_t row_stride,
-           double damping, bool float64, Address diagonal, Address failed_minor, Address smallest_pivot,
-           Address workspace, Address stream) {
-          call([&] {
-            return cuda::inverse_diagonal({pointer<const float>(h), batch, size, batch_stride, row_stride}, damping,
-                                          float64 ? Precision::float64 : Precision::float32,
-                                          {pointer<float>(diagonal), pointer<std::int32_t>(failed_minor),
-                                           pointer<float>(smallest_pivot)},
-                                          pointer<void>(workspace), pointer<void>(stream));
-          });
-        });
+  m.def("inverse_diagonal", [](Address h, std::int64_t batch, std::int64_t size, std::int64_t batch_stride,
+                               std::int64_t row_stride, double damping, bool float64, Address diagonal,
+                               Address failed_minor, Address smallest_pivot, Address workspace, Address stream) {
+    call([&] {
+      return cuda::inverse_diagonal(
+          {pointer<const float>(h), batch, size, batch_stride, row_stride}, damping,
+          float64 ? Precision::float64 : Precision::float32,
+          {pointer<float>(diagonal), pointer<std::int32_t>(failed_minor), pointer<float>(smallest_pivot)},
+          pointer<void>(workspace), pointer<void>(stream));
+    });
+  });
   m.def("column_scores_workspace_bytes", &cuda::column_scores_workspace_bytes);
   m.def("column_scores", [](Address w_old, std::int64_t old_stride, Address w_new, std::int64_t new_stride, int dtype,
                             std::int64_t rows, std::int64_t columns, Address squared_update, Address inner_product,
@@ -161,19 +160,19 @@ void bind_cuda(py::module_ m) {
                             std::int64_t out_stride, int dtype, std::int64_t rows, std::int64_t columns, Address mask,
                             bool mask_rows, Address coefficient, Address stream) {
     call([&] {
-      return cuda::project_merge(
-          matrix(w_old, dtype, rows, columns, old_stride), matrix(w_new, dtype, rows, columns, new_stride),
-          pointer<const std::uint8_t>(mask), mask_rows ? MaskAxis::output : MaskAxis::input,
-          pointer<const float>(coefficient), {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride},
-          pointer<void>(stream));
+      return cuda::project_merge(matrix(w_old, dtype, rows, columns, old_stride),
+                                 matrix(w_new, dtype, rows, columns, new_stride), pointer<const std::uint8_t>(mask),
+                                 mask_rows ? MaskAxis::output : MaskAxis::input, pointer<const float>(coefficient),
+                                 {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride},
+                                 pointer<void>(stream));
     });
   });
-  m.def("routed_lora_workspace_bytes", [](std::int64_t batch, std::int64_t tokens, std::int64_t tasks,
-                                          std::int64_t rank) {
-    RoutedLoraArguments arguments{};
-    arguments.batch = batch, arguments.tokens = tokens, arguments.tasks = tasks, arguments.rank = rank;
-    return cuda::routed_lora_workspace_bytes(arguments);
-  });
+  m.def("routed_lora_workspace_bytes",
+        [](std::int64_t batch, std::int64_t tokens, std::int64_t tasks, std::int64_t rank) {
+          RoutedLoraArguments arguments{};
+          arguments.batch = batch, arguments.tokens = tokens, arguments.tasks = tasks, arguments.rank = rank;
+          return cuda::routed_lora_workspace_bytes(arguments);
+        });
   m.def("routed_lora", [](Address x, Address a, Address b, Address weights, Address scaling, Address output, int dtype,
                           std::int64_t batch, std::int64_t tokens, std::int64_t in, std::int64_t out,
                           std::int64_t tasks, std::int64_t rank, Address workspace, Address stream) {

@@ -26,7 +26,7 @@ def build_info() -> dict[str, Any]:
         "version": native["version"],
         "compiler": native["compiler"],
         "cuda_version": native["cuda_version"],
-        "cuda_architectures": native["cuda_architectures"].split(";") if has_cuda else [],
+        "cuda_architectures": native["cuda_architectures"].split(",") if has_cuda else [],
         "cuda_devices": _C.cuda.device_count(),
         "torch": torch.__version__,
         "instruction_sets": _C.cpu.available_instruction_sets().split(","),

@@ -6,12 +6,12 @@
 namespace hpa {
 
 struct ColumnMaskArguments {
-  const float* scores;            // [batch, columns] contiguous
-  const std::uint8_t* eligible;   // [batch, columns] contiguous, or null: only non-zero columns may be chosen
-  const std::int64_t* counts;     // [batch] how many to choose; clamped to [0, eligible columns]
-  std::uint8_t* mask;             // [batch, columns] contiguous, written 0 or 1
+  const float* scores;           // [batch, columns] contiguous
+  const std::uint8_t* eligible;  // [batch, columns] contiguous, or null: only non-zero columns may be chosen
+  const std::int64_t* counts;    // [batch] how many to choose; clamped to [0, eligible columns]
+  std::uint8_t* mask;            // [batch, columns] contiguous, written 0 or 1
   std::int64_t batch;
-  std::int64_t columns;           // at most 2^31 - 1
+  std::int64_t columns;  // at most 2^31 - 1
 };
 
 // Ties go to the lower index; -0 equals +0; NaN ranks below every number.
@@ -21,6 +21,6 @@ Status column_mask(ColumnMaskArguments arguments);
 namespace cuda {
 // counts lies in device memory, so a count computed on the device needs no synchronisation.
 Status column_mask(ColumnMaskArguments arguments, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace hpa

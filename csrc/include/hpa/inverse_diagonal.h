@@ -12,11 +12,11 @@ namespace hpa {
 enum class Precision : std::int32_t { float32 = 0, float64 = 1 };
 
 struct MatrixBatch {
-  const float* data;           // [batch, size, size] float32, symmetric; only the lower triangle is read
+  const float* data;  // [batch, size, size] float32, symmetric; only the lower triangle is read
   std::int64_t batch;
   std::int64_t size;
-  std::int64_t batch_stride;   // elements
-  std::int64_t row_stride;     // elements
+  std::int64_t batch_stride;  // elements
+  std::int64_t row_stride;    // elements
 };
 
 struct InverseDiagonalResult {

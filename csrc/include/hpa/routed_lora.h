@@ -24,6 +24,6 @@ namespace cuda {
 // workspace: float32 [batch * tokens, tasks * rank] in device memory.
 std::size_t routed_lora_workspace_bytes(const RoutedLoraArguments& arguments);
 Status routed_lora(RoutedLoraArguments arguments, void* workspace, Stream stream);
-}
+}  // namespace cuda
 
 }  // namespace hpa

@@ -8,10 +8,10 @@
 namespace hpa {
 
 struct BuildInfo {
-  const char* version;             // of hpa_ext
+  const char* version;  // of hpa_ext
   const char* compiler;
   const char* cuda_version;        // of the toolkit, "" for a build without CUDA
-  const char* cuda_architectures;  // "80-real;90a-real;...", "" without CUDA
+  const char* cuda_architectures;  // "80-real,90a-real,...", "" without CUDA
 };
 
 BuildInfo build_info();

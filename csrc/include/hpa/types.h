@@ -15,7 +15,7 @@ constexpr std::size_t size_of(DType dtype) { return dtype == DType::float32 ? 4 
 
 // A row-major matrix whose columns are adjacent; rows may lie any distance apart.
 struct ConstMatrix {
-  const void* data;         // [rows, columns], null only if it holds no element
+  const void* data;  // [rows, columns], null only if it holds no element
   DType dtype;
   std::int64_t rows;
   std::int64_t columns;
