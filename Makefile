@@ -34,8 +34,9 @@ $(VENV)/.installed: $(VENV)/.dependencies $(NATIVE_SOURCES)
 install: $(VENV)/.installed
 
 # --- what people run ------------------------------------------------------------------------------------------------
+# Passive waiting: where cores are shared, threads that spin for each other make small models many times slower.
 demo: install
-	$(BIN)/hpa-ext demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/hpa-ext demo
 
 test: test-cpp test-python
 
@@ -45,7 +46,6 @@ test-cpp: $(VENV)/.dependencies
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/cpp --output-on-failure
 
-# Passive waiting: on a shared machine, threads that spin for each other make small tests many times slower.
 test-python: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_ARGS)
 
