@@ -37,12 +37,8 @@ void choose(const float* scores, const std::uint8_t* eligible, std::int64_t coun
 
 Status column_mask(ColumnMaskArguments arguments) {
   const auto [scores, eligible, counts, mask, batch, columns] = arguments;
-  HPA_REQUIRE(batch >= 0, "batch: must not be negative");
-  HPA_REQUIRE(columns >= 0 && columns <= 0x7fffffff, "columns: must be between 0 and 2^31 - 1");
+  HPA_RETURN_UNLESS_OK(check_column_mask(arguments));
   if (batch == 0 || columns == 0) return {};
-  HPA_REQUIRE(scores != nullptr, "scores: must not be null");
-  HPA_REQUIRE(counts != nullptr, "counts: must not be null");
-  HPA_REQUIRE(mask != nullptr, "mask: must not be null");
 
   const std::int64_t slots = std::min(slot_count(), batch);
   Buffer<std::uint64_t> keys(slots * columns);

@@ -21,12 +21,7 @@ const char* at(const ConstMatrix& m, std::int64_t row, std::int64_t column) {
 // The weights are cut into strips of kStripRows rows and kScoreColumns columns; each is summed in float32, and the
 // strips are added in float64, in order.
 Status column_scores(ConstMatrix w_old, ConstMatrix w_new, ColumnScores result) {
-  HPA_REQUIRE_MATRIX(w_old);
-  HPA_REQUIRE_MATRIX(w_new);
-  HPA_REQUIRE_SAME_SHAPE(w_old, w_new);
-  HPA_REQUIRE(result.squared_update != nullptr || w_old.columns == 0, "squared_update: must not be null");
-  HPA_REQUIRE(result.inner_product != nullptr, "inner_product: must not be null");
-  HPA_REQUIRE(result.old_squared_norm != nullptr, "old_squared_norm: must not be null");
+  HPA_RETURN_UNLESS_OK(check_column_scores(w_old, w_new, result));
 
   const std::int64_t rows = w_old.rows, columns = w_old.columns;
   const std::int64_t strips = (rows + kStripRows - 1) / kStripRows;

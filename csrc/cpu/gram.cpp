@@ -106,10 +106,8 @@ Status accumulate(const ConstMatrix& x, const std::uint8_t* token_mask, float* g
 }  // namespace
 
 Status gram_accumulate(ConstMatrix x, const std::uint8_t* token_mask, float* gram, std::int64_t gram_stride) {
-  HPA_REQUIRE_MATRIX(x);
-  HPA_REQUIRE(gram_stride >= x.columns || x.columns <= 1, "gram_stride: must be at least the columns of x");
-  if (empty(x)) return {};
-  HPA_REQUIRE(gram != nullptr, "gram: must not be null");
+  HPA_RETURN_UNLESS_OK(check_gram(x, gram, gram_stride));
+  if (is_empty(x)) return {};
   const Kernels& loops = kernels();
   if (x.dtype == DType::bfloat16 && loops.add_pair_product != nullptr) {
     return accumulate<std::uint32_t>(x, token_mask, gram, gram_stride,

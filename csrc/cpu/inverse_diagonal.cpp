@@ -69,16 +69,7 @@ Status all_matrices(const MatrixBatch& h, double damping, const InverseDiagonalR
 }  // namespace
 
 Status inverse_diagonal(MatrixBatch h, double damping, Precision precision, InverseDiagonalResult result) {
-  HPA_REQUIRE(h.batch >= 0, "batch: must not be negative");
-  HPA_REQUIRE(h.size >= 0 && h.size < 0x7fffffff, "size: must be between 0 and 2^31 - 2");
-  HPA_REQUIRE(h.size <= 1 || h.row_stride >= h.size, "row_stride: must be at least size");
-  HPA_REQUIRE(h.batch <= 1 || h.batch_stride >= 0, "batch_stride: must not be negative");
-  HPA_REQUIRE(std::isfinite(damping) && damping >= 0, "damping: must be finite and not negative");
-  HPA_REQUIRE(precision == Precision::float32 || precision == Precision::float64,
-              "precision: must be float32 or float64");
-  if (h.batch == 0) return {};
-  HPA_REQUIRE(result.failed_minor != nullptr, "failed_minor: must not be null");
-  HPA_REQUIRE(result.smallest_pivot != nullptr, "smallest_pivot: must not be null");
+  HPA_RETURN_UNLESS_OK(check_inverse_diagonal(h, damping, precision, result));
   if (h.size == 0) {
     for (std::int64_t index = 0; index < h.batch; ++index) {
       result.failed_minor[index] = 0;
@@ -86,8 +77,6 @@ Status inverse_diagonal(MatrixBatch h, double damping, Precision precision, Inve
     }
     return {};
   }
-  HPA_REQUIRE(h.data != nullptr, "h: data is null, but the batch is not empty");
-  HPA_REQUIRE(result.diagonal != nullptr, "diagonal: must not be null");
   return precision == Precision::float32 ? all_matrices<float>(h, damping, result)
                                          : all_matrices<double>(h, damping, result);
 }

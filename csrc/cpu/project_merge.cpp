@@ -12,26 +12,12 @@ namespace {
 
 constexpr std::int64_t kTaskBytes = std::int64_t{1} << 18;
 
-// True where out is memory of its own, or exactly the given input.
-bool same_or_apart(const ConstMatrix& in, const Matrix& out) {
-  return in.data != out.data || in.rows <= 1 || in.row_stride == out.row_stride;
-}
-
 }  // namespace
 
 Status project_merge(ConstMatrix w_old, ConstMatrix w_new, const std::uint8_t* mask, MaskAxis axis,
                      const float* coefficient, Matrix out) {
-  HPA_REQUIRE_MATRIX(w_old);
-  HPA_REQUIRE_MATRIX(w_new);
-  HPA_REQUIRE_MATRIX(out);
-  HPA_REQUIRE_SAME_SHAPE(w_old, w_new);
-  HPA_REQUIRE_SAME_SHAPE(w_old, out);
-  HPA_REQUIRE(axis == MaskAxis::input || axis == MaskAxis::output, "axis: must be input or output");
-  if (empty(out)) return {};
-  HPA_REQUIRE(mask != nullptr, "mask: must not be null");
-  HPA_REQUIRE(coefficient != nullptr, "coefficient: must not be null");
-  HPA_REQUIRE(same_or_apart(w_old, out), "out: row_stride must be that of w_old where out is w_old");
-  HPA_REQUIRE(same_or_apart(w_new, out), "out: row_stride must be that of w_new where out is w_new");
+  HPA_RETURN_UNLESS_OK(check_project_merge(w_old, w_new, mask, axis, coefficient, out));
+  if (is_empty(out)) return {};
 
   const std::int64_t element = static_cast<std::int64_t>(size_of(out.dtype));
   const std::int64_t row_bytes = out.columns * element;

@@ -23,21 +23,9 @@ const char* advance(const void* p, std::int64_t elements, DType dtype) {
 // With A and B concatenated over tasks: mid = x A^T scaled by routing weight and scaling, and out = mid B^T.
 Status routed_lora(RoutedLoraArguments arguments) {
   const RoutedLoraArguments& g = arguments;
-  HPA_REQUIRE(known(g.dtype), "dtype: must be float32, float16 or bfloat16");
-  HPA_REQUIRE(g.batch >= 0, "batch: must not be negative");
-  HPA_REQUIRE(g.tokens >= 0, "tokens: must not be negative");
-  HPA_REQUIRE(g.in >= 0, "in: must not be negative");
-  HPA_REQUIRE(g.out >= 0, "out: must not be negative");
-  HPA_REQUIRE(g.tasks >= 0, "tasks: must not be negative");
-  HPA_REQUIRE(g.rank >= 1 || g.tasks == 0, "rank: must be at least 1");
-  const std::int64_t tokens = g.batch * g.tokens, rows = g.tasks * std::max<std::int64_t>(g.rank, 0);
+  HPA_RETURN_UNLESS_OK(check_routed_lora(g));
+  const std::int64_t tokens = g.batch * g.tokens, rows = g.tasks == 0 ? 0 : g.tasks * g.rank;
   if (tokens == 0 || g.out == 0) return {};
-  HPA_REQUIRE(g.output != nullptr, "output: must not be null");
-  HPA_REQUIRE(g.x != nullptr || g.in == 0, "x: must not be null");
-  HPA_REQUIRE(g.a != nullptr || rows * g.in == 0, "a: must not be null");
-  HPA_REQUIRE(g.b != nullptr || rows == 0, "b: must not be null");
-  HPA_REQUIRE(g.weights != nullptr || g.tasks == 0, "weights: must not be null");
-  HPA_REQUIRE(g.scaling != nullptr || g.tasks == 0, "scaling: must not be null");
 
   const std::int64_t slots = slot_count();
   Buffer<float> mid(tokens * rows);             // [tokens, tasks * rank]

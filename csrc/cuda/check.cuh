@@ -3,39 +3,10 @@
 
 #include <cstdint>
 
+#include "argument_checks.h"
 #include "cuda/numeric.cuh"
-#include "hpa/types.h"
 
 namespace hpa::cuda {
-
-inline bool known_dtype(DType dtype) {
-  return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16;
-}
-
-template <class View>
-bool is_empty(const View& view) {
-  return view.rows == 0 || view.columns == 0;
-}
-
-// The messages are literals that begin with the argument's name, as on the CPU.
-#define HPA_REQUIRE(condition, message)                       \
-  do {                                                        \
-    if (!(condition)) return ::hpa::Status::invalid(message); \
-  } while (false)
-
-#define HPA_REQUIRE_MATRIX(m)                                                                                \
-  do {                                                                                                       \
-    HPA_REQUIRE(known_dtype((m).dtype), #m ": dtype must be float32, float16 or bfloat16");                  \
-    HPA_REQUIRE((m).rows >= 0 && (m).columns >= 0, #m ": rows and columns must not be negative");            \
-    HPA_REQUIRE((m).rows <= 1 || (m).row_stride >= (m).columns, #m ": row_stride must be at least columns"); \
-    HPA_REQUIRE((m).data != nullptr || is_empty(m), #m ": data is null, but the matrix is not empty");       \
-  } while (false)
-
-#define HPA_REQUIRE_SAME_SHAPE(a, b)                                                                   \
-  do {                                                                                                 \
-    HPA_REQUIRE((a).dtype == (b).dtype, #b ": dtype must be that of " #a);                             \
-    HPA_REQUIRE((a).rows == (b).rows && (a).columns == (b).columns, #b ": shape must be that of " #a); \
-  } while (false)
 
 #define HPA_REQUIRE_WORKSPACE(workspace)                         \
   HPA_REQUIRE((workspace) != nullptr && aligned16(workspace),    \

@@ -108,12 +108,8 @@ __global__ void __launch_bounds__(kThreads) select_highest(ColumnMaskArguments a
 }  // namespace
 
 Status column_mask(ColumnMaskArguments arguments, Stream stream) {
-  HPA_REQUIRE(arguments.batch >= 0 && arguments.batch <= kMaximumGrid, "batch: must be between 0 and 2^31 - 1");
-  HPA_REQUIRE(arguments.columns >= 0 && arguments.columns <= 0x7fffffff, "columns: must be between 0 and 2^31 - 1");
+  HPA_RETURN_UNLESS_OK(check_column_mask(arguments));
   if (arguments.batch == 0 || arguments.columns == 0) return {};
-  HPA_REQUIRE(arguments.scores != nullptr, "scores: must not be null");
-  HPA_REQUIRE(arguments.counts != nullptr, "counts: must not be null");
-  HPA_REQUIRE(arguments.mask != nullptr, "mask: must not be null");
   return launch(select_highest, grid_of(arguments.batch), kThreads, 0, stream, arguments);
 }
 

@@ -140,12 +140,7 @@ std::size_t column_scores_workspace_bytes(std::int64_t rows, std::int64_t column
 }
 
 Status column_scores(ConstMatrix w_old, ConstMatrix w_new, ColumnScores result, void* workspace, Stream stream) {
-  HPA_REQUIRE_MATRIX(w_old);
-  HPA_REQUIRE_MATRIX(w_new);
-  HPA_REQUIRE_SAME_SHAPE(w_old, w_new);
-  HPA_REQUIRE(result.squared_update != nullptr || w_old.columns == 0, "squared_update: must not be null");
-  HPA_REQUIRE(result.inner_product != nullptr, "inner_product: must not be null");
-  HPA_REQUIRE(result.old_squared_norm != nullptr, "old_squared_norm: must not be null");
+  HPA_RETURN_UNLESS_OK(check_column_scores(w_old, w_new, result));
   const Strips strips = strips_of(w_old.rows, w_old.columns);
   const std::int64_t blocks = strips.count * strips.column_blocks;
   const std::int64_t finish_blocks = ceil_div<std::int64_t>(w_old.columns, kFinishColumns) + 1;

@@ -249,10 +249,8 @@ std::size_t gram_workspace_bytes(ConstMatrix x) {
 
 Status gram_accumulate(ConstMatrix x, const std::uint8_t* token_mask, float* gram, std::int64_t gram_stride,
                        void* workspace, Stream stream) {
-  HPA_REQUIRE_MATRIX(x);
-  HPA_REQUIRE(gram_stride >= x.columns || x.columns <= 1, "gram_stride: must be at least the columns of x");
+  HPA_RETURN_UNLESS_OK(check_gram(x, gram, gram_stride));
   if (is_empty(x)) return {};
-  HPA_REQUIRE(gram != nullptr, "gram: must not be null");
   const Cut cut = cut_of(x.rows, x.columns);
   HPA_REQUIRE(x.columns <= kMaximumColumns && cut.tiles <= kMaximumGrid, "x: too many columns");
   if (cut.splits > 1) HPA_REQUIRE_WORKSPACE(workspace);

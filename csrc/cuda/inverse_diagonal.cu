@@ -372,22 +372,13 @@ std::size_t inverse_diagonal_workspace_bytes(std::int64_t batch, std::int64_t si
 
 Status inverse_diagonal(MatrixBatch h, double damping, Precision precision, InverseDiagonalResult result,
                         void* workspace, Stream stream) {
-  HPA_REQUIRE(h.batch >= 0 && h.batch <= kMaximumGrid, "batch: must be between 0 and 2^31 - 1");
-  HPA_REQUIRE(h.size >= 0 && h.size <= kMaximumSize, "size: must be between 0 and 2^18");
-  HPA_REQUIRE(h.size <= 1 || h.row_stride >= h.size, "row_stride: must be at least size");
-  HPA_REQUIRE(h.batch <= 1 || h.batch_stride >= 0, "batch_stride: must not be negative");
-  HPA_REQUIRE(damping >= 0.0 && damping < INFINITY, "damping: must be finite and not negative");
-  HPA_REQUIRE(precision == Precision::float32 || precision == Precision::float64,
-              "precision: must be float32 or float64");
+  HPA_RETURN_UNLESS_OK(check_inverse_diagonal(h, damping, precision, result));
+  HPA_REQUIRE(h.size <= kMaximumSize, "size: must be at most 2^18 on CUDA");
   if (h.batch == 0) return {};
-  HPA_REQUIRE(result.failed_minor != nullptr, "failed_minor: must not be null");
-  HPA_REQUIRE(result.smallest_pivot != nullptr, "smallest_pivot: must not be null");
   if (h.size == 0) {
     return launch(finish_empty, grid_of(ceil_div<std::int64_t>(h.batch, kThreads)), kThreads, 0, stream, result,
                   h.batch);
   }
-  HPA_REQUIRE(h.data != nullptr, "h: data is null, but the batch is not empty");
-  HPA_REQUIRE(result.diagonal != nullptr, "diagonal: must not be null");
   HPA_REQUIRE_WORKSPACE(workspace);
   return precision == Precision::float32 ? run_all<float>(h, damping, result, workspace, stream)
                                          : run_all<double>(h, damping, result, workspace, stream);

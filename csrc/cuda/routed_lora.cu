@@ -235,25 +235,13 @@ std::size_t routed_lora_workspace_bytes(const RoutedLoraArguments& arguments) {
 
 Status routed_lora(RoutedLoraArguments arguments, void* workspace, Stream stream) {
   const RoutedLoraArguments& r = arguments;
-  HPA_REQUIRE(known_dtype(r.dtype), "dtype: must be float32, float16 or bfloat16");
-  HPA_REQUIRE(r.batch >= 0, "batch: must not be negative");
-  HPA_REQUIRE(r.tokens >= 0, "tokens: must not be negative");
-  HPA_REQUIRE(r.in >= 0, "in: must not be negative");
-  HPA_REQUIRE(r.out >= 0, "out: must not be negative");
-  HPA_REQUIRE(r.tasks >= 0, "tasks: must not be negative");
-  HPA_REQUIRE(r.rank >= 1 || r.tasks == 0, "rank: must be at least 1");
+  HPA_RETURN_UNLESS_OK(check_routed_lora(r));
   const std::int64_t rows = r.batch * r.tokens;
   const std::int64_t hidden = r.tasks == 0 ? 0 : r.tasks * r.rank;
   if (rows == 0 || r.out == 0) return {};
   HPA_REQUIRE(rows <= kMaximumSize, "tokens: batch * tokens is too large");
   HPA_REQUIRE(hidden <= kMaximumGridYZ * 8, "rank: tasks * rank is too large");
   HPA_REQUIRE(r.out <= kMaximumSize, "out: is too large");
-  HPA_REQUIRE(r.output != nullptr, "output: must not be null");
-  HPA_REQUIRE(r.x != nullptr || r.in == 0, "x: must not be null");
-  HPA_REQUIRE(r.a != nullptr || r.in * hidden == 0, "a: must not be null");
-  HPA_REQUIRE(r.b != nullptr || hidden == 0, "b: must not be null");
-  HPA_REQUIRE(r.weights != nullptr || hidden == 0, "weights: must not be null");
-  HPA_REQUIRE(r.scaling != nullptr || hidden == 0, "scaling: must not be null");
   if (hidden > 0) HPA_REQUIRE_WORKSPACE(workspace);
   float* const hidden_values = static_cast<float*>(workspace);
   return with_dtype(r.dtype, [&](auto type) {
