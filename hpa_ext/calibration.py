@@ -15,7 +15,7 @@ from tqdm import tqdm
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram import Gram
 from hpa_ext.models.linears import Linear, find_linears
-from hpa_ext.models.structure import decoder_name, in_module, unwrap
+from hpa_ext.models.structure import decoder_name, in_module, uncompiled, unwrap
 from hpa_ext.token_masks import TokenMask, check_mask, resolve
 
 
@@ -38,7 +38,7 @@ def calibrate(
             language model's decoder.
         token_mask: which tokens count. "attended" (default: no padding), "all", "prompt" (attended, without label),
             "image" (positions of image features), "response" (attended, with label), or a function of the batch that
-            returns bool ``[batch, tokens]``. Outside the decoder (a vision tower) every row counts.
+            returns bool ``[batch, tokens]``. Outside the decoder and the output head (a vision tower) every row counts.
         progress: show a bar when stderr is a terminal.
 
     Returns:
@@ -52,20 +52,25 @@ def calibrate(
     Hooks are removed whatever happens.
     """
     select_tokens = resolve(token_mask)
-    plain = unwrap(model)
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping, Tensor)):
+        raise TypeError(
+            f"batches: expected an iterable of batches (for one, a list of it), got {type(batches).__name__}"
+        )
     linears = find_linears(model, modules)
-    collector = _Collector(linears, decoder_name(plain))
-    forward_options = _forward_options(plain)
+    plain, model = unwrap(model), uncompiled(model)
+    head = _head(plain, linears)
+    collector = _Collector(linears, decoder_name(plain), head)
+    forward_options = _forward_options(plain, all_logits=bool(head))
     device = next((p.device for p in plain.parameters()), torch.device("cpu"))
     count = 0
-    with _evaluating(model), collector.hooked(), torch.no_grad():
+    # Tensors of inference mode have no version, by which a change in place is seen.
+    with _evaluating(model), collector.hooked(), torch.inference_mode(False), torch.no_grad():
         for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None if progress else True):
             arguments, keywords = _inputs(batch, device)
             mask = check_mask(select_tokens(keywords, plain)) if keywords else _mask_without_names(token_mask)
             keywords.pop("labels", None)
-            collector.begin(mask)
-            model(*arguments, **{**keywords, **forward_options})
-            collector.end()
+            with collector.listening(mask):
+                model(*arguments, **{**keywords, **forward_options})
             count += 1
     if count == 0:
         raise ValueError("batches: expected at least one batch, got none")
@@ -75,9 +80,10 @@ def calibrate(
 class _Collector:
     """Groups linears by the tensor they receive, and feeds one Gram a group."""
 
-    def __init__(self, linears: dict[str, Linear], decoder: str) -> None:
+    def __init__(self, linears: dict[str, Linear], decoder: str, head: set[str]) -> None:
         self._linears = linears
-        self._decoder = decoder
+        self._masked = {name for name in linears if in_module(name, decoder)} | head
+        self._listening = False
         self._leader_of: dict[str, str] = {}
         self._grams: dict[str, Gram] = {}
         self._mask: Tensor | None = None
@@ -96,13 +102,21 @@ class _Collector:
             for handle in handles:
                 handle.remove()
 
-    def begin(self, mask: Tensor | None) -> None:
+    @contextmanager
+    def listening(self, mask: Tensor | None) -> Iterator[None]:
+        """Only within the context do calls count: the iterable of batches or the mask may run the model as well."""
         self._mask = mask
         self._seen.clear()
+        self._listening = True
+        try:
+            yield
+        finally:
+            self._listening = False
+            self._seen.clear()
+        self._check_devices()
 
-    def end(self) -> None:
+    def _check_devices(self) -> None:
         """Look at the Grams on devices, once a batch; those on the CPU have looked themselves."""
-        self._seen.clear()
         for name, gram in self._grams.items():
             if gram.device.type == "cpu":
                 continue
@@ -124,6 +138,8 @@ class _Collector:
         return result
 
     def _receive(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self._listening:
+            return
         x = args[0] if args else next(iter(kwargs.values()))
         leader = self._leader(name, x)
         if leader != name:
@@ -139,12 +155,15 @@ class _Collector:
 
     def _leader(self, name: str, x: Tensor) -> str:
         """The first linear of this forward that received the same, unchanged tensor object."""
+        # A tensor of inference mode has no version: whether it was changed cannot be told, so none is shared.
+        version = None if x.is_inference() else x._version
         seen = self._seen.get(id(x))
-        if seen is not None and seen[0]() is x and seen[1] == x._version:
+        if version is not None and seen is not None and seen[0]() is x and seen[1] == version:
             current = seen[2]
         else:
             current = name
-            self._seen[id(x)] = (weakref.ref(x), x._version, name)
+            if version is not None:
+                self._seen[id(x)] = (weakref.ref(x), version, name)
         first = self._leader_of.setdefault(name, current)
         if first in (current, name):
             return first
@@ -155,13 +174,15 @@ class _Collector:
 
     def _token_mask(self, name: str, x: Tensor) -> Tensor | None:
         mask = self._mask
-        if mask is None or not in_module(name, self._decoder):
+        if mask is None or name not in self._masked:
             return None
         mask = mask.to(x.device)
         if mask.shape == x.shape[:-1]:
             return mask
         if x.dim() == 2 and x.shape[0] == mask.numel():
             return mask.reshape(-1)
+        if [size for size in x.shape[:-1] if size != 1] == [size for size in mask.shape if size != 1]:
+            return mask.reshape(x.shape[:-1])  # DeepSeek's latent attention has a dimension of 1 more
         raise ValueError(
             f"token_mask of shape {list(mask.shape)} does not fit its input {list(x.shape)}; "
             'use token_mask="all" or leave the module out'
@@ -189,10 +210,21 @@ def _mask_without_names(token_mask: TokenMask | None) -> None:
         raise ValueError(f"token_mask: {token_mask!r} needs batches that are mappings with names")
 
 
-def _forward_options(model: nn.Module) -> dict[str, Any]:
-    """No cache, which would grow at every batch, and logits of one position only, where the model takes these."""
+def _head(model: nn.Module, linears: dict[str, Linear]) -> set[str]:
+    """The names of the linears that are the model's output head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inside = set() if head is None else {id(module) for module in head.modules()}
+    return {name for name, linear in linears.items() if id(linear.module) in inside}
+
+
+def _forward_options(model: nn.Module, all_logits: bool) -> dict[str, Any]:
+    """No cache, which would grow at every batch, and logits of one position only, where the model takes these.
+
+    The output head needs all positions if it is calibrated itself.
+    """
     accepted = inspect.signature(model.forward).parameters
-    return {key: value for key, value in (("use_cache", False), ("logits_to_keep", 1)) if key in accepted}
+    options = {"use_cache": False, "logits_to_keep": 0 if all_logits else 1}
+    return {key: value for key, value in options.items() if key in accepted}
 
 
 @contextmanager

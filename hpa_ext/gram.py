@@ -26,7 +26,8 @@ class Gram:
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         if isinstance(in_features, bool) or not isinstance(in_features, int) or in_features < 1:
             raise ValueError(f"in_features: expected an int of at least 1, got {in_features!r}")
-        self._sum = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # or it could not be added to outside of inference mode
+            self._sum = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
         # Two counters, because the size of a mask on a device is only known there until somebody asks.
         self._host_tokens = 0
         self._device_tokens: Tensor | None = None
@@ -153,7 +154,7 @@ class Gram:
 
     def state_dict(self) -> dict[str, Tensor]:
         """``{"sum": [in, in] float32, "token_count": [] int64}``; the sum is not a copy."""
-        return {"sum": self._sum, "token_count": torch.tensor(self.token_count, dtype=torch.int64)}
+        return {"sum": self._sum, "token_count": torch.tensor(self.token_count, dtype=torch.int64, device="cpu")}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> Gram:

@@ -25,8 +25,9 @@ def attended(batch: Mapping[str, Any], model: nn.Module) -> Tensor | None:
     mask = batch.get("attention_mask")
     if mask is None:
         return None
-    if mask.dim() != 2:
-        raise ValueError(f'attention_mask: expected [batch, tokens] for token_mask="attended", got {list(mask.shape)}')
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        came = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f'attention_mask: expected [batch, tokens] for token_mask="attended", got {came}')
     return mask.bool()
 
 

@@ -224,3 +224,10 @@ def test_cuda_quick(tmp_path):
     document = json.loads(out.read_text())
     assert document["driver"] and document["cuda"]
     assert {row["metric"] for row in document["rows"]} >= METRICS
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for target in (tmp_path, tmp_path / "file" / "results.json"):
+        assert run("column_mask", "--out", target) == 2
+        assert "--out: expected a file that can be written" in capsys.readouterr().err

@@ -221,3 +221,217 @@ def test_response_tokens_need_labels():
     with pytest.raises(ValueError, match="token_mask: the batch has no tensor 'labels'"):
         calibrate(model, batches, token_mask="response", progress=False)
     assert hpa_ext.calibrate(model, batches, progress=False)
+
+
+def test_only_the_models_own_run_over_a_batch_counts():
+    """An iterable may run the model itself (to write its safety answers); so may the function that marks tokens."""
+    model = tiny_models.llama()
+    batches = tiny_models.batches(model)
+    expected = calibrate(model, batches, progress=False)
+
+    def written_on_the_way():
+        for batch in batches:
+            tiny_models.logits(model, batch)
+            yield batch
+
+    def marked(batch):
+        tiny_models.logits(model, batch)
+        return batch["attention_mask"].bool()
+
+    for grams in (
+        calibrate(model, written_on_the_way(), progress=False),
+        calibrate(model, batches, token_mask=marked, progress=False),
+    ):
+        for name, gram in expected.items():
+            assert gram.token_count == grams[name].token_count
+            assert torch.equal(gram.matrix(), grams[name].matrix())
+
+
+def test_in_inference_mode():
+    model = tiny_models.llama()
+    batches = tiny_models.batches(model)
+    expected = calibrate(model, batches, progress=False)
+    with torch.inference_mode():
+        grams = calibrate(model, batches, progress=False)
+    for name, gram in expected.items():
+        assert torch.equal(gram.matrix(), grams[name].matrix())
+    grams[name].merge_(gram)  # outside of inference mode
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.first(x) + self.second(x)
+
+    with torch.inference_mode():
+        x = torch.randn(5, 4)
+    grams = calibrate(Two(), [x], progress=False)
+    assert grams["first"].token_count == grams["second"].token_count == 5
+
+
+@pytest.mark.parametrize(("token_mask", "key"), [("attended", "attention_mask"), ("response", "labels")])
+def test_the_output_head_counts_the_same_tokens_as_the_decoder(token_mask, key):
+    model = tiny_models.llama()
+    batches = tiny_models.batches(model)
+    for batch in batches:  # padding on the right: the last position, whose logits a model gives, is none that counts
+        batch["attention_mask"] = batch["attention_mask"].flip(1)
+        batch["labels"] = batch["labels"].flip(1)
+    name = "lm_head"
+    modules = r"lm_head|.*layers\.2\.mlp\.down_proj"
+    grams = calibrate(model, batches, modules=modules, token_mask=token_mask, progress=False)
+    xs = activations_of(model, name, batches)
+    marks = [
+        batch["attention_mask"].bool() & (True if key == "attention_mask" else batch["labels"] != -100)
+        for batch in batches
+    ]
+    x = torch.cat([x[mark] for x, mark in zip(xs, marks, strict=True)]).double()
+    assert grams[name].token_count == len(x) == grams["model.layers.2.mlp.down_proj"].token_count
+    torch.testing.assert_close(grams[name].matrix().double(), 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_with_a_dimension_of_one_more():
+    """DeepSeek's kv_b_proj receives [batch, 1, tokens, rank]."""
+
+    class Latent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, input_ids, attention_mask):
+            return self.linear(input_ids[:, None, :, None].float().expand(-1, -1, -1, 4))
+
+    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    grams = calibrate(Latent(), [{"input_ids": ids, "attention_mask": mask}], progress=False)
+    x = ids[mask.bool()].float()
+    assert grams["linear"].token_count == 10
+    torch.testing.assert_close(grams["linear"].matrix(), torch.full((4, 4), float(2 / 10 * x.square().sum())))
+
+
+def test_a_compiled_model_has_the_plain_names():
+    model = tiny_models.llama()
+    batches = tiny_models.batches(model, count=1)
+    expected = calibrate(model, batches, progress=False)
+    grams = calibrate(torch.compile(model, backend="eager"), batches, progress=False)
+    assert list(grams) == list(expected)
+
+
+def test_the_decoder_of_blip2_is_without_its_output_head():
+    import transformers
+
+    from hpa_ext.models.linears import find_linears
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.Blip2Config(
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        qformer_config={**sizes, "encoder_hidden_size": 32, "vocab_size": 100},
+        text_config={
+            "model_type": "opt", "vocab_size": 100, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "word_embed_proj_dim": 32,
+        },
+    )  # fmt: skip
+    names = find_linears(transformers.Blip2ForConditionalGeneration(config))
+    assert len(names) == 3 * 6 and all(".decoder.layers." in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batches": None}, TypeError, "batches: expected an iterable of batches .*NoneType"),
+        ({"batches": {"input_ids": torch.ones(1, 3)}}, TypeError, "batches: expected an iterable .*got dict"),
+        ({"batches": torch.ones(2, 3)}, TypeError, "batches: expected an iterable .*got Tensor"),
+        ({"model": "a/path"}, TypeError, r"model: expected an nn\.Module, got str"),
+        ({"modules": 5}, TypeError, "modules: expected a regular expression or names, got int"),
+        (
+            {"batches": [{"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 1, 3, 3)}]},
+            ValueError,
+            r"attention_mask: expected \[batch, tokens\].*\[1, 1, 3, 3\]",
+        ),
+        (
+            {"batches": [{"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": {"full": None}}]},
+            ValueError,
+            r"attention_mask: expected \[batch, tokens\].*dict",
+        ),
+        (
+            {"batches": [torch.ones(1, 3, dtype=torch.long)], "token_mask": "image"},
+            ValueError,
+            "needs batches that are",
+        ),
+    ],
+)
+def test_arguments_of_another_kind(arguments, error, message):
+    model = tiny_models.llama()
+    settings = {"model": model, "batches": tiny_models.batches(model, count=1), **arguments}
+    with pytest.raises(error, match=message):
+        calibrate(progress=False, **settings)
+
+
+def test_the_model_runs_without_gradients_or_dropout():
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.seen = nn.Linear(4, 4), []
+
+        def forward(self, x):
+            self.seen.append((self.training, torch.is_grad_enabled()))
+            return self.linear(x)
+
+    model = Probe().train()
+    calibrate(model, [torch.randn(5, 4)], progress=False)
+    assert model.seen == [(False, False)] and model.training
+
+
+def test_modes_are_restored_one_by_one():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)).train()
+    model[0].eval()
+    model[0][0].train()  # training inside of a module that is not
+    calibrate(model, [torch.randn(5, 4)], progress=False)
+    assert [module.training for module in model.modules()] == [True, False, True, True]
+
+
+def test_an_input_by_keyword_and_flattened_tokens():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, input_ids, attention_mask):
+            return self.linear(input=input_ids[..., None].float().expand(-1, -1, 4).reshape(-1, 4))
+
+    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    grams = calibrate(Flat(), [{"input_ids": ids, "attention_mask": mask}], progress=False)
+    x = ids[mask.bool()].float()
+    torch.testing.assert_close(grams["linear"].matrix(), torch.full((4, 4), float(2 / 10 * x.square().sum())))
+
+
+def test_inputs_shared_in_one_batch_and_not_in_another_are_refused():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.first(x) + self.second(x if len(x) == 3 else x + 1)
+
+    with pytest.raises(ValueError, match="second: received the input of first in earlier batches"):
+        calibrate(Fickle(), [torch.randn(3, 4), torch.randn(5, 4)], progress=False)
+
+
+def test_no_token_mask_is_all_tokens_and_a_missing_attention_mask_excludes_none():
+    model = tiny_models.llama()
+    batch = tiny_models.batches(model, count=1)[0]
+    name = "model.layers.0.self_attn.q_proj"
+    assert calibrate(model, [batch], token_mask=None, progress=False)[name].token_count == batch["labels"].numel()
+    unpadded = {key: value for key, value in batch.items() if key != "attention_mask"}
+    grams = calibrate(model, [unpadded], token_mask="response", progress=False)
+    assert grams[name].token_count == int((batch["labels"] != -100).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_marks_of_another_dtype_are_refused(dtype):
+    model = tiny_models.llama()
+    with pytest.raises(ValueError, match=r"token_mask: expected a bool tensor \[batch, tokens\], got torch\."):
+        calibrate(model, tiny_models.batches(model), token_mask=lambda b: b["attention_mask"].to(dtype), progress=False)

@@ -402,3 +402,19 @@ def test_the_kept_inverse_diagonal_is_safe_from_callers():
     expected = first.clone()
     first.zero_()
     assert torch.equal(gram.inverse_diagonal(), expected)
+
+
+def test_made_in_inference_mode_and_used_outside():
+    x = torch.randn(5, 4)
+    with torch.inference_mode():
+        gram = Gram(4).update(x)
+    gram.merge_(Gram(4).update(x))
+    assert gram.token_count == 10
+
+
+def test_autocast_does_not_round_the_torch_path(monkeypatch):
+    monkeypatch.setattr("hpa_ext.ops.gram.backend_of", lambda name, tensor: "torch")
+    x = torch.randn(50, 8)
+    expected = Gram(8).update(x).matrix()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(Gram(8).update(x).matrix(), expected)

@@ -249,3 +249,81 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_column_count_rounds_half_up_and_stays_in_range():
     assert [column_count(p, 10) for p in (0, 4.9, 5, 14.9, 15, 100, 250)] == [0, 0, 1, 1, 2, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("scale", "weight_scale", "message"),
+    [
+        (1e-20, 1.0, r"gram\.safety: too small, its inverse overflows torch\.float32"),
+        (1e17, 1e3, r"gram\.safety: too large for these weights, the scores overflow torch\.float32"),
+    ],
+)
+def test_scores_out_of_range_are_no_choice_by_index(scale, weight_scale, message):
+    old, new, activations = make_layer()
+    pair = make_grams([x * scale for x in activations])
+    with pytest.raises(NumericalError, match=message):
+        harmonize(old * weight_scale, new * weight_scale, pair)
+
+
+def test_report_of_matrices_and_of_output_granularity():
+    old, new, (safety, task) = make_layer()
+    safety[:, [3, 5]] = 0
+    matrices = tuple(gram.matrix() for gram in make_grams((safety, task)))
+    _, report = harmonize(old, new, matrices, 0.25, HPAConfig(granularity="output"), return_report=True)
+    assert report.dead_columns == {"safety": 2, "task": 0} and report.depth == 0.25
+    assert report.old_norm == pytest.approx(float(old.norm()), rel=1e-5)
+    assert report.backend["row_scores"] == "torch" and len(report.retained) == 48
+
+
+@pytest.mark.parametrize("as_matrix", [True, False])
+def test_a_forbidden_rescue_is_not_made(as_matrix):
+    old, new, _ = make_layer()
+    gram = hpa_ext.Gram(64).update(torch.randn(2, 64))  # rank 2
+    safety = gram.matrix() if as_matrix else gram
+    with pytest.raises(NumericalError, match=r"gram\.safety: .*rescue='none'") as caught:
+        harmonize(old, new, (safety, safety), config=HPAConfig(damping=0.0, rescue="none"))
+    assert caught.value.failing_minor > 0 and caught.value.damping == 0.0
+
+
+def test_a_depth_out_of_range_is_seen_before_the_weights_are_read():
+    old, new, activations = make_layer()
+    new[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="depth"):
+        harmonize(old, new, make_grams(activations), 2.0)
+
+
+def test_weights_too_large_for_their_squares():
+    old, new, activations = make_layer()
+    with pytest.raises(NumericalError, match="too large"):
+        harmonize(old * 1e20, new * 1e20, make_grams(activations))
+
+
+def test_task_columns_alone_are_never_retained_while_shared_selection_alone_ranks_all():
+    """Column 2 is the task's alone and has a better balance than the shared column 0."""
+    from hpa_ext.hpa.selection import select
+
+    safety, task = torch.tensor([10.0, 9.0, 5.0, 0.1]), torch.tensor([100.0, 1.0, 50.0, 0.0])
+    alpha = torch.tensor(0.6, dtype=torch.float64)
+    settings = {"retain_min": 50.0, "retain_max": 50.0, "focus_multiple": 1.0}
+    assert select(safety, task, alpha, 0.5, HPAConfig(**settings)).retained.tolist() == [True, True, False, False]
+    alone = HPAConfig(**settings, safety_scores=False)
+    assert select(safety, task, alpha, 0.5, alone).retained.tolist() == [False, True, False, True]
+
+
+def test_output_granularity_beyond_one_block_of_rows():
+    old, new, activations = make_layer(rows=1100, columns=8)
+    expected = oracle.harmonize(old, new, *matrices_of(activations), granularity="output")
+    _, report = harmonize(old, new, make_grams(activations), 0.5, HPAConfig(granularity="output"), return_report=True)
+    assert report.retained.nonzero().flatten().tolist() == expected[1]
+
+
+@pytest.mark.parametrize("depth", [-0.1, True, float("nan")])
+def test_depths_that_are_none(depth):
+    with pytest.raises(ValueError, match="depth"):
+        HPAConfig().retain_percent(depth)
+
+
+@pytest.mark.parametrize("settings", [{"focus_multiple": 0.99}, {"alpha_min": -0.1}, {"retain_max": True}])
+def test_settings_just_out_of_range(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        HPAConfig(**settings)

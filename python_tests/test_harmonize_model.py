@@ -251,3 +251,142 @@ def test_bad_input_leaves_the_model_unchanged(case):
         harmonize_model(old, new, safety, task, progress=False, **options)
     if case != "meta":
         assert_unchanged(new, before)
+
+
+def test_trained_copies_of_peft_are_harmonized_with_the_base_as_the_old_model():
+    """modules_to_save: the base model holds the trained copy too, so the old weight is that of original_module."""
+    from peft import LoraConfig, get_peft_model
+
+    old = tiny_models.llama()
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        copy.deepcopy(old), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name or "lora_B" in name:
+                parameter += 0.05 * torch.randn(parameter.shape)
+    adapted.eval()
+    in_place_of_base = copy.deepcopy(adapted)
+    batches = tiny_models.batches(old)
+    grams = calibrate(old, batches, progress=False)
+    harmonize_model(old, adapted, grams, grams, progress=False)
+    report = harmonize_model(in_place_of_base.get_base_model(), in_place_of_base, grams, grams, progress=False)
+    assert sum(name.endswith("down_proj") for name in report.layers) == 3
+    assert torch.equal(tiny_models.logits(in_place_of_base, batches[0]), tiny_models.logits(adapted, batches[0]))
+
+
+def test_autocast_does_not_round_the_adapters_update():
+    old = tiny_models.llama()
+    adapted = tiny_models.with_lora(old, ["q_proj"])
+    under_autocast = copy.deepcopy(adapted)
+    grams = calibrate(old, tiny_models.batches(old), progress=False)
+    harmonize_model(old, adapted, grams, grams, progress=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        harmonize_model(old, under_autocast, grams, grams, progress=False)
+    assert_unchanged(under_autocast, snapshot(adapted))
+
+
+def shared_with_adapters(targets):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8, bias=False) for _ in range(2)])
+            self.layers[1].weight = self.layers[0].weight
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    old = Shared()
+    return old, tiny_models.with_lora(old, targets)
+
+
+@pytest.mark.parametrize("targets", [["layers.0"], ["layers.1"], ["layers.0", "layers.1"]])
+def test_an_adapter_on_one_name_of_a_shared_weight_is_refused(targets):
+    old, adapted = shared_with_adapters(targets)
+    grams = calibrate(old, [torch.randn(40, 8)], progress=False)
+    before = snapshot(adapted)
+    with pytest.raises(ValueError, match=r"layers\.1: shares its weight with layers\.0, and an adapter"):
+        harmonize_model(old, adapted, grams, grams, progress=False)
+    assert_unchanged(adapted, before)
+
+
+def test_an_expanded_weight_is_refused_before_anything_is_written():
+    old, new, safety, task = setting(tiny_models.llama)
+    linear = new.model.layers[2].mlp.down_proj
+    linear.weight = nn.Parameter(torch.randn(1, 48).expand(32, 48), requires_grad=False)
+    before = snapshot(new)
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down_proj: its weight is an expanded view"):
+        harmonize_model(old, new, safety, task, progress=False)
+    assert_unchanged(new, before)
+
+
+def test_routers_and_experts_of_a_mixture_are_not_covered():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    old = MixtralForCausalLM(config).eval()
+    grams = calibrate(old, tiny_models.batches(old), progress=False)
+    report = harmonize_model(old, tiny_models.tuned(old), grams, grams, progress=False)
+    mlp = "model.layers.0.mlp."
+    assert sorted(report.not_covered) == [mlp + "experts.down_proj", mlp + "experts.gate_up_proj", mlp + "gate.weight"]
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, "path", r"model_old: expected an nn\.Module, got str"),
+        (1, None, r"model_new: expected an nn\.Module, got NoneType"),
+        (2, None, "safety: expected a mapping of module names to Grams, got NoneType"),
+        (3, [], "task: expected a mapping of module names to Grams, got list"),
+    ],
+)
+def test_arguments_of_another_kind(position, value, message):
+    arguments = list(setting(tiny_models.llama))
+    arguments[position] = value
+    with pytest.raises(TypeError, match=message):
+        harmonize_model(*arguments, progress=False)
+
+
+def test_old_models_adapter_counts_and_others_do_not():
+    """Step two: the old model is itself a PeftModel, and each carries adapters that are inactive or disabled."""
+    base = tiny_models.llama()
+    old, new = tiny_models.with_lora(base, ["q_proj"], seed=2), tiny_models.with_lora(base, ["q_proj"], seed=3)
+    plain_old, plain_new = (copy.deepcopy(model).merge_and_unload() for model in (old, new))
+    new.add_adapter("idle", new.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in new.named_parameters():
+            if "lora_B.idle" in name:
+                parameter.fill_(0.3)
+    grams = calibrate(base, tiny_models.batches(base), progress=False)
+    batch = tiny_models.batches(base, count=1)[0]
+    harmonize_model(old, new, grams, grams, progress=False)
+    harmonize_model(plain_old, plain_new, grams, grams, progress=False)
+    assert torch.equal(tiny_models.logits(new, batch), tiny_models.logits(plain_new, batch))
+    disabled = tiny_models.with_lora(base, ["q_proj"], seed=3)
+    disabled.base_model.disable_adapter_layers()
+    report = harmonize_model(base, disabled, grams, grams, progress=False)
+    assert {layer.update_norm for layer in report.layers.values()} == {0.0}
+
+
+def test_half_precision_adapters_are_rounded_once():
+    base = tiny_models.llama().bfloat16()
+    adapted = tiny_models.with_lora(base, ["q_proj"])
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    grams = calibrate(base, tiny_models.batches(base), progress=False)
+    harmonize_model(base, adapted, grams, grams, progress=False)
+    harmonize_model(base, merged, grams, grams, progress=False)
+    for name in (f"model.layers.{index}.self_attn.q_proj" for index in range(3)):
+        weight = adapted.get_base_model().get_submodule(name).base_layer.weight
+        assert torch.equal(weight, merged.get_submodule(name).weight)
+
+
+def test_a_quantised_old_model_is_refused():
+    old, new, safety, task = setting(tiny_models.llama)
+    name = "model.layers.1.mlp.up_proj"
+    old.get_submodule(name).weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"{name}: expected a floating-point weight.*quantised"):
+        harmonize_model(old, new, safety, task, progress=False)

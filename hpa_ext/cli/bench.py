@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import secrets
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         return _refuse("--native-cuda needs --device cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: torch sees no CUDA device here")
+    if args.out is not None and (args.out.is_dir() or not _can_write_beside(args.out)):
+        return _refuse(f"--out: expected a file that can be written, got {args.out}")
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
     benchmarks = load_benchmarks()
     results, table = (importlib.import_module(f"{benchmarks.__name__}.{name}") for name in ("results", "table"))
@@ -117,8 +120,21 @@ def _refuse(message: str) -> int:
     return 2
 
 
+def _can_write_beside(path: Path) -> bool:
+    """Whether a file can be made there, its folders included; tried before minutes of measuring."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return True
+    except OSError:
+        return False
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return value

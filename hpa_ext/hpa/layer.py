@@ -133,6 +133,8 @@ def plan_layer(
     inverses = (_inverse("gram.safety", safety, config, check), _inverse("gram.task", task, config, check))
     diagonals = [inverse.diagonal.to(squared_update.dtype) for inverse in inverses]
     scores, log_ratio, valid = column_importance(old, new, squared_update, diagonals[0], diagonals[1], config)
+    if check:
+        _check_scores(diagonals, scores)
     selection = select(scores[0], scores[1], balance(log_ratio, valid, config), depth, config)
     zero = torch.zeros_like(inner_product)
     coefficient = zero
@@ -221,6 +223,15 @@ def _inverse(name: str, gram: Gram | Tensor, config: HPAConfig, check: bool) -> 
 
 def _dead_columns(gram: Gram | Tensor) -> Tensor:
     return gram.dead_columns() if isinstance(gram, Gram) else gram.diagonal() == 0
+
+
+def _check_scores(diagonals: list[Tensor], scores: tuple[Tensor, Tensor]) -> None:
+    """Raise if a Gram's inverse or a score left the range of its dtype: columns would be chosen by their index."""
+    for name, diagonal, score in zip(("gram.safety", "gram.task"), diagonals, scores, strict=True):
+        if not bool(torch.isfinite(diagonal).all()):
+            raise NumericalError(f"{name}: too small, its inverse overflows {diagonal.dtype}; scale the activations")
+        if not bool(torch.isfinite(score).all()):
+            raise NumericalError(f"{name}: too large for these weights, the scores overflow {score.dtype}")
 
 
 def _check_finite(old: Tensor, new: Tensor, *sums: Tensor) -> None:

@@ -34,7 +34,8 @@ def harmonize_model(
         model_new: the model after it. A PeftModel with LoRA needs no merging first: its update counts, the harmonized
             weight is written into the base layer, and the adapter's B becomes zero, so that the PeftModel acts as the
             harmonized model (``merge_and_unload()`` gives the plain one) and can be tuned further. `model_old` may then
-            be the same model's ``get_base_model()``.
+            be the same model's ``get_base_model()``; its safety Grams must then be made inside
+            ``with model_new.disable_adapter():``, because the base model runs the adapter too.
         safety, task: Grams (or matrices) by module name, as `calibrate` returns them.
         config: settings; None for the paper's.
         modules: a regular expression that must match a whole module name, or names; None for every linear of the
@@ -54,6 +55,12 @@ def harmonize_model(
     config = HPAConfig() if config is None else config
     if not isinstance(config, HPAConfig):
         raise TypeError(f"config: expected an HPAConfig, got {type(config).__name__}")
+    for argument, model in (("model_old", model_old), ("model_new", model_new)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{argument}: expected an nn.Module, got {type(model).__name__}")
+    for argument, grams in (("safety", safety), ("task", task)):
+        if not isinstance(grams, Mapping):
+            raise TypeError(f"{argument}: expected a mapping of module names to Grams, got {type(grams).__name__}")
     new_linears, shared = _distinct(find_linears(model_new, modules))
     old_linears = find_linears(model_old, modules)
     pairs = _match(old_linears, new_linears, safety, task)
@@ -93,6 +100,11 @@ def _distinct(linears: dict[str, Linear]) -> tuple[dict[str, Linear], dict[str, 
         linear.refuse_unsupported()
         key = linear.base.weight.data_ptr()
         if key in first:
+            if linear.has_pending_adapters() or distinct[first[key]].has_pending_adapters():
+                raise ValueError(
+                    f"{name}: shares its weight with {first[key]}, and an adapter changes only one of them; "
+                    "call merge_and_unload() with untied weights and pass the plain model"
+                )
             shared[name] = first[key]
         else:
             first[key] = name
@@ -111,9 +123,11 @@ def _match(
     for name, linear in new.items():
         if name not in old:
             raise ValueError(f"{name}: is in model_new but not in model_old")
+        if linear.original is not None and old[name].module is linear.module:
+            old[name] = Linear(name, linear.original)  # the base of an adapted model holds the trained copy too
         old[name].refuse_unsupported()
         if old[name].base_weight().data_ptr() == linear.base_weight().data_ptr() and not linear.has_pending_adapters():
-            if any(other.has_pending_adapters() for other in new.values()):
+            if any(other.has_pending_adapters() or other.original is not None for other in new.values()):
                 continue  # the base of an adapted model, in a layer that the adapter leaves alone: nothing changed
             raise ValueError(
                 f"{name}: model_old and model_new share this weight, so the one before tuning is lost; "

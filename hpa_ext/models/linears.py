@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpa_ext.models.structure import decoder_name, in_module, unwrap
+from hpa_ext.ops._backend import without_autocast
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,12 @@ class Linear:
     Attributes:
         name: its name in the plain transformers model, without PEFT's prefixes.
         module: what the model calls: an ``nn.Linear``, a ``Conv1D``, or PEFT's LoRA layer around one.
+        original: the layer that `module` is PEFT's trained copy of (``modules_to_save``), else None.
     """
 
     name: str
     module: nn.Module
+    original: nn.Module | None = None
 
     @property
     def base(self) -> nn.Module:
@@ -50,7 +53,8 @@ class Linear:
             return base
         total = base.float()
         for adapter in adapters:
-            delta = self.module.get_delta_weight(adapter).detach()
+            with without_autocast(base):
+                delta = self.module.get_delta_weight(adapter).detach()
             total = total + (delta.mT if self.is_transposed else delta).to(device=base.device, dtype=torch.float32)
         return total.to(base.dtype)
 
@@ -75,6 +79,8 @@ class Linear:
                 f"{self.name}: expected a floating-point weight, got {type(self.base).__name__} with {weight.dtype} "
                 "(quantised); load the base model unquantised"
             )
+        if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+            raise ValueError(f"{self.name}: its weight is an expanded view, which cannot be written; clone it first")
         if not _is_lora(self.module):
             return
         for adapter in (*self._pending(), *self.module.merged_adapters):
@@ -111,18 +117,22 @@ def find_linears(model: nn.Module, modules: str | Iterable[str] | None = None) -
         ValueError: nothing matches, a listed name does not exist, or the expression is malformed.
         TypeError: a PEFT layer other than LoRA is in the way.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     plain = unwrap(model)
-    found = {name: Linear(name, module) for name, module in _walk(plain, "")}
+    found = {name: Linear(name, module, original) for name, module, original in _walk(plain, "")}
     if modules is None:
         parent = decoder_name(plain)
         chosen = {name: linear for name, linear in found.items() if in_module(name, parent)}
-    elif isinstance(modules, str):
+    elif isinstance(modules, (str, re.Pattern)):
         try:
             pattern = re.compile(modules)
         except re.error as error:
             raise ValueError(f"modules: not a regular expression: {modules!r} ({error})") from error
         chosen = {name: linear for name, linear in found.items() if pattern.fullmatch(name)}
     else:
+        if not isinstance(modules, Iterable):
+            raise TypeError(f"modules: expected a regular expression or names, got {type(modules).__name__}")
         names = list(modules)
         missing = [name for name in names if name not in found]
         if missing:
@@ -135,10 +145,18 @@ def find_linears(model: nn.Module, modules: str | Iterable[str] | None = None) -
 
 
 def experts_without_linears(model: nn.Module) -> list[str]:
-    """Parameters of the decoder with three dimensions: stacked experts, which are weights of linears but no modules."""
+    """Parameters of the decoder that are weights of linears but no linear modules: stacked experts, and routers."""
     plain = unwrap(model)
     parent = decoder_name(plain)
-    return [name for name, value in plain.named_parameters() if value.dim() == 3 and in_module(name, parent)]
+    found = []
+    for owner_name, owner in plain.named_modules():
+        is_table = isinstance(owner, nn.Embedding) or _is_linear(owner)
+        for key, value in owner.named_parameters(recurse=False):
+            name = f"{owner_name}.{key}" if owner_name else key
+            is_router = value.dim() == 2 and key == "weight" and not is_table
+            if (value.dim() == 3 or is_router) and in_module(name, parent):
+                found.append(name.replace(".base_layer.", "."))
+    return found
 
 
 def _examples(found: dict[str, Linear]) -> str:
@@ -155,8 +173,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
 
 
-def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers below `module`, seen through PEFT's wrappers, under the names they have without them."""
+def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """Linear layers below `module`, seen through PEFT's wrappers, under the names they have without them.
+
+    With each the layer that it is a trained copy of (``modules_to_save``), else None.
+    """
     if hasattr(module, "get_base_layer"):
         if not _is_linear(module.get_base_layer()):
             return
@@ -165,15 +186,17 @@ def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
                 f"{name}: expected plain layers or LoRA, got PEFT's {type(module).__name__}; "
                 "call merge_and_unload() and pass the plain model"
             )
-        yield name, module
+        yield name, module, None
         return
     if _is_linear(module):
-        yield name, module
+        yield name, module, None
         return
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
         active = [key for key in module.active_adapters if key in module.modules_to_save]
         use_copy = active and not module.disable_adapters
-        yield from _walk(module.modules_to_save[active[0]] if use_copy else module.original_module, name)
+        originals = {key: layer for key, layer, _ in _walk(module.original_module, name)}
+        for key, layer, _ in _walk(module.modules_to_save[active[0]] if use_copy else module.original_module, name):
+            yield key, layer, originals[key] if use_copy else None
         return
     for child_name, child in module.named_children():
         yield from _walk(child, f"{name}.{child_name}" if name else child_name)

@@ -9,10 +9,16 @@ from torch import nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PeftModel or DistributedDataParallel, or the model itself."""
+    """The transformers model inside a PeftModel, DistributedDataParallel or torch.compile, or the model itself."""
+    model = uncompiled(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+        model = uncompiled(model.module)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` wrapped, or the module itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def decoder_name(model: nn.Module) -> str:
@@ -24,6 +30,12 @@ def decoder_name(model: nn.Module) -> str:
     if not hasattr(model, "get_decoder"):
         return ""
     decoder = model.get_decoder()
+    # BLIP-2 and Kosmos-2 name a whole causal language model, output head included.
+    while hasattr(decoder, "get_decoder") and decoder.get_output_embeddings() is not None:
+        inner = decoder.get_decoder()
+        if inner is None or inner is decoder:
+            break
+        decoder = inner
     for name, module in model.named_modules():
         if module is decoder:
             return name

@@ -7,7 +7,7 @@ under a dispatch mode or with a tensor subclass, go through ``torch.ops.hpa_ext`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -61,6 +61,14 @@ def is_traced(*tensors: Tensor | None) -> bool:
 def use_torch_threads() -> None:
     """Share torch's thread setting with the native kernels."""
     _C.cpu.set_thread_count(torch.get_num_threads())
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Within the context, autocast does not lower the precision of torch's operations on the tensor's device."""
+    kind = tensor.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def stream_of(tensor: Tensor) -> int:

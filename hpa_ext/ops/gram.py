@@ -14,6 +14,7 @@ from hpa_ext.ops._backend import (
     stream_of,
     unit_stride,
     use_torch_threads,
+    without_autocast,
     workspace,
 )
 from hpa_ext.ops._checks import WEIGHT_DTYPES, check_same, check_shape, check_tensor
@@ -68,7 +69,8 @@ def _gram_accumulate_(gram: Tensor, x: Tensor, token_mask: Tensor | None = None)
     if backend_of("gram", x) == "native":
         _native(target, unit_stride(tokens), mask)
     else:
-        reference.gram_accumulate_(target, tokens, mask)
+        with without_autocast(x):
+            reference.gram_accumulate_(target, tokens, mask)
     if target is not gram:
         gram.copy_(target)
 
