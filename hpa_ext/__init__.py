@@ -8,13 +8,14 @@ from hpa_ext import ops
 from hpa_ext.build_info import build_info
 from hpa_ext.calibration import calibrate
 from hpa_ext.errors import NumericalError
-from hpa_ext.gram import Gram, GramPair
+from hpa_ext.gram import Gram, GramCollection, GramPair
 from hpa_ext.hpa import HPAConfig, LayerReport, ModelReport, harmonize, harmonize_, harmonize_model
 
 __version__ = build_info()["version"]
 
 __all__ = [
     "Gram",
+    "GramCollection",
     "GramPair",
     "HPAConfig",
     "LayerReport",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hpa_ext.errors import NumericalError
-from hpa_ext.gram import Gram
+from hpa_ext.gram import Gram, GramCollection
 from hpa_ext.models.linears import Linear, find_linears
 from hpa_ext.models.structure import decoder_name, in_module, uncompiled, unwrap
 from hpa_ext.token_masks import TokenMask, check_mask, resolve
@@ -25,7 +25,7 @@ def calibrate(
     modules: str | Iterable[str] | None = None,
     token_mask: TokenMask | None = "attended",
     progress: bool = True,
-) -> dict[str, Gram]:
+) -> GramCollection:
     """Run the batches through the model and accumulate the Gram of every linear's input.
 
     Args:
@@ -43,7 +43,8 @@ def calibrate(
 
     Returns:
         ``{module name: Gram}`` in the model's order, keyed by the name in the plain transformers model. Linears that
-        receive the same tensor (q/k/v; gate/up) share one Gram object. The Grams are where the activations were.
+        receive the same tensor (q/k/v; gate/up) share one Gram object; `GramCollection.merge_` and `all_reduce_` count
+        it once. The Grams are where the activations were.
 
     Raises:
         TypeError, ValueError: no batch; a batch or mask does not fit; nothing matches `modules`.
@@ -125,9 +126,9 @@ class _Collector:
             except NumericalError as error:
                 raise error.in_module(name) from error
 
-    def grams(self) -> dict[str, Gram]:
+    def grams(self) -> GramCollection:
         """By name; a linear that no batch reached has an empty Gram of its own."""
-        result = {}
+        result = GramCollection()
         for name, linear in self._linears.items():
             leader = self._leader_of.get(name)
             if leader is None:

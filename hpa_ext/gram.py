@@ -191,6 +191,41 @@ class Gram:
         return f"Gram(in_features={self.in_features}, device={str(self.device)!r}, token_count={self.token_count})"
 
 
+class GramCollection(dict[str, Gram]):
+    """Grams by module name, as `calibrate` returns them. Modules with one input share one Gram object.
+
+    What adds to Grams must therefore go over the distinct ones: adding name by name would count shared ones again.
+    """
+
+    def distinct(self) -> dict[str, Gram]:
+        """Each Gram once, under the first of its names."""
+        first: dict[int, str] = {}
+        for name, gram in self.items():
+            first.setdefault(id(gram), name)
+        return {name: self[name] for name in first.values()}
+
+    def merge_(self, other: GramCollection) -> GramCollection:
+        """Add another calibration of the same modules.
+
+        Raises:
+            TypeError, ValueError: `other` is no collection, or has other names or shares other inputs;
+                nothing is then added.
+        """
+        if not isinstance(other, GramCollection):
+            raise TypeError(f"other: expected a GramCollection, got {type(other).__name__}")
+        if list(self) != list(other) or list(self.distinct()) != list(other.distinct()):
+            raise ValueError("other: expected Grams of the same modules with the same inputs shared")
+        for name, gram in self.distinct().items():
+            gram.merge_(other[name])
+        return self
+
+    def all_reduce_(self, group: Any = None) -> GramCollection:
+        """Add the Grams of all processes of a torch.distributed group, each Gram once."""
+        for gram in self.distinct().values():
+            gram.all_reduce_(group)
+        return self
+
+
 class GramPair(NamedTuple):
     """The two Grams of a layer: of the safety set through the old model, of the task set through the new one.
 

@@ -418,3 +418,26 @@ def test_autocast_does_not_round_the_torch_path(monkeypatch):
     expected = Gram(8).update(x).matrix()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(Gram(8).update(x).matrix(), expected)
+
+
+def test_a_collection_counts_shared_grams_once():
+    from hpa_ext import GramCollection
+
+    def collection(seed):
+        generator = torch.Generator().manual_seed(seed)
+        shared = Gram(4).update(torch.randn(6, 4, generator=generator))
+        own = Gram(4).update(torch.randn(6, 4, generator=generator))
+        return GramCollection(q=shared, k=shared, o=own)
+
+    first, second = collection(0), collection(1)
+    expected = first["q"]._sum + second["q"]._sum
+    assert first.merge_(second) is first
+    assert [gram.token_count for gram in first.values()] == [12, 12, 12]
+    torch.testing.assert_close(first["k"]._sum, expected)
+    assert first["q"] is first["k"] and list(first.distinct()) == ["q", "o"]
+    unshared = GramCollection(q=Gram(4), k=Gram(4), o=Gram(4))
+    with pytest.raises(ValueError, match="same inputs shared"):
+        first.merge_(unshared)
+    with pytest.raises(TypeError, match="other: expected a GramCollection, got dict"):
+        first.merge_(dict(second))
+    assert first["q"].token_count == 12

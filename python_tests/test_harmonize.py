@@ -327,3 +327,41 @@ def test_depths_that_are_none(depth):
 def test_settings_just_out_of_range(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         HPAConfig(**settings)
+
+
+def test_autograd_sees_that_the_weight_was_written():
+    """A graph that still needs the old weight must refuse, as it does after torch's own in-place operations."""
+    old, new, activations = make_layer()
+    layer = nn.Linear(64, 48, bias=False)
+    layer.weight.data = new
+    x = torch.randn(5, 64, requires_grad=True)
+    y = layer(x).sum()
+    harmonize_(old, layer, make_grams(activations))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_one_tensor_cannot_be_old_and_new_in_place():
+    old, _, activations = make_layer()
+    with pytest.raises(ValueError, match="layer_new: is the same memory"):
+        harmonize_(old, old, make_grams(activations))
+
+
+def test_the_result_is_detached_and_contiguous():
+    from transformers.pytorch_utils import Conv1D
+
+    old, new, activations = make_layer()
+    pair = make_grams(activations)
+    assert not harmonize(old.requires_grad_(), new.requires_grad_(), pair).requires_grad
+    layers = Conv1D(48, 64), Conv1D(48, 64)
+    assert harmonize(*layers, pair).is_contiguous()
+
+
+def test_float64_keeps_its_digits():
+    old, new, activations = make_layer(dtype=torch.float64)
+    matrices = [2 / len(x) * (x.double().T @ x.double()) for x in activations]
+    expected, retained, _, coefficient = oracle.harmonize(old, new, *(m.numpy() for m in matrices))
+    weight, report = harmonize(old, new, tuple(matrices), return_report=True)
+    assert report.retained.nonzero().flatten().tolist() == retained
+    assert report.projection_coefficient == pytest.approx(coefficient, rel=1e-10)
+    np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-12, atol=1e-12)

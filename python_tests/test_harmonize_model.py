@@ -230,7 +230,7 @@ def bad_calls():
     return {
         "missing gram": (old, new, safety, missing, {}, ValueError, rf"{name}: no Gram in task"),
         "no grams": (old, new, {}, task, {}, ValueError, "no Gram in safety; it is empty"),
-        "no tokens": (old, new, empty, task, {}, ValueError, rf"{name}: gram.safety: .*no tokens"),
+        "no tokens": (old, new, empty, task, {}, ValueError, rf"{name}: its Gram in safety has counted no tokens"),
         "gram width": (old, new, narrow, task, {}, ValueError, rf"{name}: gram.safety: expected \[32, 32\]"),
         "other model": (other, new, safety, task, {}, ValueError, "is in model_new but not in model_old"),
         "same model": (new, new, safety, task, {}, ValueError, "share this weight"),
@@ -390,3 +390,115 @@ def test_a_quantised_old_model_is_refused():
     old.get_submodule(name).weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=rf"{name}: expected a floating-point weight.*quantised"):
         harmonize_model(old, new, safety, task, progress=False)
+
+
+def test_interrupt_waits_until_the_model_is_whole(monkeypatch):
+    import os
+    import signal
+
+    from hpa_ext.hpa.layer import LayerPlan
+
+    old, new, safety, task = setting(tiny_models.llama)
+    expected = copy.deepcopy(new)
+    harmonize_model(old, expected, safety, task, progress=False)
+    merge, merged = LayerPlan.merge, []
+
+    def interrupted(self, *args, **kwargs):
+        merged.append(merge(self, *args, **kwargs))
+        if len(merged) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(LayerPlan, "merge", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        harmonize_model(old, new, safety, task, progress=False)
+    assert len(merged) == len(safety) and signal.getsignal(signal.SIGINT) is handler
+    assert_unchanged(new, snapshot(expected))
+
+
+def test_interrupt_while_scoring_changes_nothing(monkeypatch):
+    import hpa_ext.hpa.model as module
+
+    old, new, safety, task = setting(tiny_models.llama)
+    before, scored = snapshot(new), []
+
+    def interrupted(*args, **kwargs):
+        scored.append(args)
+        if len(scored) == 5:
+            raise KeyboardInterrupt
+        return module_plan(*args, **kwargs)
+
+    module_plan = module.plan_layer
+    monkeypatch.setattr(module, "plan_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        harmonize_model(old, new, safety, task, progress=False)
+    assert_unchanged(new, before)
+
+
+def test_a_module_that_no_batch_reached_is_named():
+    old, new, safety, task = setting(tiny_models.llama)
+    name = "model.layers.2.mlp.gate_proj"
+    with pytest.raises(ValueError, match=rf"{name}: its Gram in task .* no batch reached this module"):
+        harmonize_model(old, new, safety, {**task, name: Gram(32)}, progress=False)
+
+
+def test_merged_and_disabled_adapters_are_refused():
+    old = tiny_models.llama()
+    adapted = tiny_models.with_lora(old, ["q_proj"])
+    grams = calibrate(old, tiny_models.batches(old), progress=False)
+    adapted.merge_adapter()
+    for module in adapted.modules():
+        if hasattr(module, "merged_adapters") and hasattr(module, "_disable_adapters"):
+            module._disable_adapters = True
+    with pytest.raises(ValueError, match=r"q_proj: its adapters \['default'\] are merged and also disabled"):
+        harmonize_model(old, adapted, grams, grams, progress=False)
+
+
+def test_merged_adapters_are_declared_absorbed():
+    old = tiny_models.llama()
+    adapted = tiny_models.with_lora(old, ["q_proj"])
+    grams = calibrate(old, tiny_models.batches(old), progress=False)
+    adapted.merge_adapter()
+    harmonize_model(old, adapted, grams, grams, progress=False)
+    assert adapted.get_base_model().model.layers[0].self_attn.q_proj.merged_adapters == []
+
+
+def test_names_must_match_whole():
+    old, new, safety, task = setting(tiny_models.llama)
+    with pytest.raises(ValueError, match="no linear layer of LlamaForCausalLM matches 'q_proj'"):
+        harmonize_model(old, new, safety, task, modules="q_proj", progress=False)
+
+
+def test_other_adapters_than_lora_are_refused_by_name():
+    from peft import IA3Config, get_peft_model
+
+    old = tiny_models.llama()
+    adapted = get_peft_model(copy.deepcopy(old), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    grams = calibrate(old, tiny_models.batches(old), progress=False)
+    with pytest.raises(TypeError, match=r"k_proj: expected plain layers or LoRA"):
+        harmonize_model(old, adapted, grams, grams, progress=False)
+
+
+def test_an_encoder_decoder_is_refused_unless_modules_are_named():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(
+        T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=50, decoder_start_token_id=0)
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        calibrate(model, [{"input_ids": torch.ones(1, 3, dtype=torch.long)}], progress=False)
+
+
+def test_report_becomes_json():
+    import json
+
+    old, new, safety, task = setting(tiny_models.llama)
+    new.model.layers[0].mlp.up_proj.weight.data.zero_()
+    old.model.layers[0].mlp.up_proj.weight.data.zero_()
+    report = harmonize_model(old, new, safety, task, progress=False)
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert set(values) == {"config", "layers", "shared", "not_covered", "warnings"}
+    layer = values["layers"]["model.layers.0.mlp.up_proj"]
+    assert layer["columns"] == 32 and layer["old_norm"] == 0
+    line = next(text for text in str(report).splitlines() if text.startswith("model.layers.0.mlp.up_proj "))
+    assert line.endswith(" -")

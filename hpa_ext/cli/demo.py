@@ -61,6 +61,6 @@ def _seeds(text: str) -> list[int]:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--seeds: expected comma-separated integers, got {text!r}") from None
-    if min(seeds) < 0 or len(set(seeds)) != len(seeds):
-        raise ValueError(f"--seeds: expected different integers of at least 0, got {text!r}")
+    if min(seeds) < 0 or max(seeds) >= 2**32 or len(set(seeds)) != len(seeds):
+        raise ValueError(f"--seeds: expected different integers from 0 to 2^32 - 1, got {text!r}")
     return seeds

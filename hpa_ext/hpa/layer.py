@@ -66,6 +66,8 @@ def harmonize_(
     """As `harmonize`, written into layer_new; returns the report. If anything raises, layer_new is unchanged."""
     config = _settings(config)
     old, new = _weight("layer_old", layer_old), _weight("layer_new", layer_new)
+    if old.data_ptr() == new.data_ptr() and old.numel() > 0:
+        raise ValueError("layer_new: is the same memory as layer_old, so the weight before tuning is lost")
     plan = plan_layer(old, new, gram, depth, config)
     report = plan.report()
     plan.merge(old, new, out=new)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -49,8 +52,9 @@ def harmonize_model(
         TypeError, ValueError: the models, Grams or settings do not fit; the message starts with the module's name.
         NumericalError: a weight or Gram holds NaN or Inf, or a Gram cannot be factored.
 
-    Every layer is scored before the first weight is written: if anything raises, `model_new` is unchanged. Weights that
-    several modules share are handled once, under the first name.
+    Every layer is scored before the first weight is written: if anything raises, `model_new` is unchanged, and Ctrl-C
+    takes effect before the first weight or after the last. Weights that several modules share are handled once, under
+    the first name.
     """
     config = HPAConfig() if config is None else config
     if not isinstance(config, HPAConfig):
@@ -78,16 +82,17 @@ def harmonize_model(
             raise type(error)(f"{name}: {error}") from error
         reports[name] = plans[name].report(name)
 
-    for name, (old, new, _) in _bar(pairs, "merge", progress):
-        old_weight, new_weight = _weights(old, new)
-        plans[name].merge(old_weight, new_weight, out=new.base_weight())
-        new.absorb_adapters()
+    with _interrupt_held_back():
+        for name, (old, new, _) in _bar(pairs, "merge", progress):
+            old_weight, new_weight = _weights(old, new)
+            plans[name].merge(old_weight, new_weight, out=new.base_weight())
+            new.absorb_adapters()
     return ModelReport(
         layers=reports,
         config=config,
         shared=shared,
         not_covered=experts_without_linears(model_new),
-        warnings=_warnings(reports, config),
+        warnings=_warnings(reports, config) + _embedding_warnings(root, pairs),
     )
 
 
@@ -137,6 +142,11 @@ def _match(
             if name not in grams:
                 some = f"; it has {len(grams)} names, such as {next(iter(grams))}" if grams else "; it is empty"
                 raise ValueError(f"{name}: no Gram in {argument}{some}")
+            if isinstance(grams[name], Gram) and grams[name].token_count == 0:
+                raise ValueError(
+                    f"{name}: its Gram in {argument} has counted no tokens: no batch reached this module; "
+                    "leave it out with modules="
+                )
         pairs[name] = (old[name], linear, GramPair(safety[name], task[name]))
     return pairs
 
@@ -147,6 +157,32 @@ def _weights(old: Linear, new: Linear) -> tuple[Tensor, Tensor]:
     # With the base of the tuned PeftModel itself as the old model, the wrapper's own update must not count as old.
     old_weight = old.base_weight() if old.module is new.module else old.weight()
     return old_weight.to(new_weight.device), new_weight
+
+
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Within the context Ctrl-C waits; a model with some layers merged and others not is of no use to anybody."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    received: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        raise KeyboardInterrupt
+
+
+def _embedding_warnings(model: nn.Module, pairs: Mapping[str, tuple[Linear, Linear, GramPair]]) -> list[str]:
+    """A line for each harmonized weight that is the input embedding as well."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor):
+        return []
+    tied = [name for name, (_, new, _) in pairs.items() if new.base_weight().data_ptr() == weight.data_ptr()]
+    return [f"{name} shares its weight with the input embedding, which has changed with it" for name in tied]
 
 
 def _bar(pairs: dict, label: str, progress: bool) -> Iterable:

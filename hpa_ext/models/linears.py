@@ -83,6 +83,11 @@ class Linear:
             raise ValueError(f"{self.name}: its weight is an expanded view, which cannot be written; clone it first")
         if not _is_lora(self.module):
             return
+        if self.module.disable_adapters and self.module.merged_adapters:
+            raise ValueError(
+                f"{self.name}: its adapters {self.module.merged_adapters} are merged and also disabled, so that PEFT "
+                "will take them out at the next forward; call unmerge_adapter() or enable them"
+            )
         for adapter in (*self._pending(), *self.module.merged_adapters):
             if adapter in getattr(self.module, "lora_variant", {}) or getattr(self.module, "use_dora", {}).get(adapter):
                 raise ValueError(
@@ -122,6 +127,11 @@ def find_linears(model: nn.Module, modules: str | Iterable[str] | None = None) -
     plain = unwrap(model)
     found = {name: Linear(name, module, original) for name, module, original in _walk(plain, "")}
     if modules is None:
+        if getattr(getattr(plain, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"modules: {type(plain).__name__} is an encoder-decoder, which has no single decoder to choose by "
+                "default; name the modules"
+            )
         parent = decoder_name(plain)
         chosen = {name: linear for name, linear in found.items() if in_module(name, parent)}
     elif isinstance(modules, (str, re.Pattern)):

@@ -30,7 +30,7 @@ def decoder_name(model: nn.Module) -> str:
     if not hasattr(model, "get_decoder"):
         return ""
     decoder = model.get_decoder()
-    # BLIP-2 and Kosmos-2 name a whole causal language model, output head included.
+    # BLIP-2 names a whole causal language model, output head included.
     while hasattr(decoder, "get_decoder") and decoder.get_output_embeddings() is not None:
         inner = decoder.get_decoder()
         if inner is None or inner is decoder:

@@ -71,6 +71,12 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
+def mark_written(tensor: Tensor) -> None:
+    """Tell autograd that a kernel wrote to the tensor, so that a graph that still needs the old values refuses."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
 def stream_of(tensor: Tensor) -> int:
     """The address of torch's current stream on the tensor's device."""
     return torch.cuda.current_stream(tensor.device).cuda_stream

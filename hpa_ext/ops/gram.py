@@ -10,6 +10,7 @@ from hpa_ext.ops._backend import (
     DTYPE_TAGS,
     backend_of,
     is_traced,
+    mark_written,
     row_stride,
     stream_of,
     unit_stride,
@@ -68,6 +69,7 @@ def _gram_accumulate_(gram: Tensor, x: Tensor, token_mask: Tensor | None = None)
     target = gram if gram.stride(1) == 1 and gram.stride(0) >= gram.shape[0] else gram.contiguous()
     if backend_of("gram", x) == "native":
         _native(target, unit_stride(tokens), mask)
+        mark_written(target)
     else:
         with without_autocast(x):
             reference.gram_accumulate_(target, tokens, mask)

@@ -10,6 +10,7 @@ from hpa_ext.ops._backend import (
     DTYPE_TAGS,
     backend_of,
     is_traced,
+    mark_written,
     row_stride,
     stream_of,
     unit_stride,
@@ -121,7 +122,9 @@ def _project_merge_out(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: 
     else:
         use_torch_threads()
         _C.cpu.project_merge(*arguments)
-    if target is not destination:
+    if target is destination:
+        mark_written(destination)
+    else:
         destination.copy_(target)
 
 
