@@ -14,42 +14,48 @@ struct Strip {
 // Bytes that each stream is fetched ahead: the hardware follows eight streams, but too closely (+20 % on Zen 5).
 constexpr std::int64_t kFetchAhead = 512;
 
-// kRows rows at once, for one update of the column sums.
+// Scalars leave their float32 registers after this many vectors: a longer sum of squares would lose digits that the
+// order of torch's pairwise sums keeps.
+constexpr std::int64_t kScalarColumns = 32 * kLanes;
+
+// kRows rows at once: as many streams as the prefetchers follow, and one update of the column sums for all of them.
 template <typename T, int kRows>
 HPA_INLINE void add_rows(const T* w_old, const T* w_new, Strip& strip) {
-  F32 inner[kRows] = {}, norm[kRows] = {};
-  std::int64_t j = 0;
-  for (; j + kLanes <= strip.columns; j += kLanes) {
-    F32 squared = load_vector<F32>(strip.squared_update + j);
-    HPA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w_old + row * strip.old_stride + j) + kFetchAhead);
-      __builtin_prefetch(reinterpret_cast<const char*>(w_new + row * strip.new_stride + j) + kFetchAhead);
-      const F32 before = load(w_old + row * strip.old_stride + j);
-      const F32 update = load(w_new + row * strip.new_stride + j) - before;
-      squared = multiply_add(update, update, squared);
-      inner[row] = multiply_add(update, before, inner[row]);
-      norm[row] = multiply_add(before, before, norm[row]);
+  const std::int64_t whole = strip.columns / kLanes * kLanes;
+  for (std::int64_t begin = 0; begin < strip.columns; begin += kScalarColumns) {
+    F32 inner[kRows] = {}, norm[kRows] = {};
+    const std::int64_t end = begin + kScalarColumns < whole ? begin + kScalarColumns : whole;
+    std::int64_t j = begin;
+    for (; j < end; j += kLanes) {
+      F32 squared = load_vector<F32>(strip.squared_update + j);
+      HPA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        const F32 before = load(w_old + row * strip.old_stride + j);
+        const F32 update = load(w_new + row * strip.new_stride + j) - before;
+        squared = multiply_add(update, update, squared);
+        inner[row] = multiply_add(update, before, inner[row]);
+        norm[row] = multiply_add(before, before, norm[row]);
+      }
+      store_vector(strip.squared_update + j, squared);
     }
-    store_vector(strip.squared_update + j, squared);
-  }
-  if (const std::int64_t left = strip.columns - j; left > 0) {
-    F32 squared = load(strip.squared_update + j, left);
-    HPA_UNROLL
-    for (int row = 0; row < kRows; ++row) {
-      const F32 before = load(w_old + row * strip.old_stride + j, left);
-      const F32 update = load(w_new + row * strip.new_stride + j, left) - before;
-      squared = multiply_add(update, update, squared);
-      inner[row] = multiply_add(update, before, inner[row]);
-      norm[row] = multiply_add(before, before, norm[row]);
+    if (const std::int64_t left = strip.columns - j; left > 0 && left < kLanes) {
+      F32 squared = load(strip.squared_update + j, left);
+      HPA_UNROLL
+      for (int row = 0; row < kRows; ++row) {
+        const F32 before = load(w_old + row * strip.old_stride + j, left);
+        const F32 update = load(w_new + row * strip.new_stride + j, left) - before;
+        squared = multiply_add(update, update, squared);
+        inner[row] = multiply_add(update, before, inner[row]);
+        norm[row] = multiply_add(before, before, norm[row]);
+      }
+      store_stored(strip.squared_update + j, squared, left);
+      begin = strip.columns;  // the rest is done
     }
-    store_stored(strip.squared_update + j, squared, left);
-  }
-  // At most kScoreColumns / kLanes terms were added in float32.
-  for (int row = 1; row < kRows; ++row) inner[0] += inner[row], norm[0] += norm[row];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    strip.inner[lane] += static_cast<double>(inner[0][lane]);
-    strip.norm[lane] += static_cast<double>(norm[0][lane]);
+    for (int row = 1; row < kRows; ++row) inner[0] += inner[row], norm[0] += norm[row];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      strip.inner[lane] += static_cast<double>(inner[0][lane]);
+      strip.norm[lane] += static_cast<double>(norm[0][lane]);
+    }
   }
 }
 
