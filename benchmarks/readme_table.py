@@ -1,4 +1,4 @@
-"""Write the README's performance table from the newest results file of a device: ``python benchmarks/readme_table.py``."""
+"""Write the README's performance table from a results file: ``python benchmarks/readme_table.py [FILE]``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+RESULTS = ROOT / "benchmarks" / "results"
+
+# The first mark names the file, so that a newer measurement of somebody's own does not make the README wrong.
+_TABLE = re.compile(r"<!-- benchmarks from ([\w.-]*) -->.*?<!-- end of benchmarks -->", flags=re.S)
 
 _LABELS = {
     "gram_vs_cast_matmul": "`gram` against casting to fp32, full matmul",
@@ -25,10 +28,11 @@ _LABELS = {
 def table(document: dict[str, Any]) -> str:
     """The table in Markdown, with the conditions it was measured under."""
     ceilings = document["ceilings"]
+    copy, gemm = ceilings["copy_gb_s"], ceilings["bfloat16_tflop_s"]
     lines = [
-        f"{document['device']}, {document['threads']} threads, `{document['instruction_set']}`, torch {document['torch']}, "
-        f"{document['date'][:10]}; the machine itself copies {ceilings['copy_gb_s']:.0f} GB/s (read + written) and does "
-        f"{ceilings['bfloat16_tflop_s']:.2f} TFLOP/s in a bf16 GEMM.",
+        f"{document['device']}, {document['threads']} threads, `{document['instruction_set']}`, "
+        f"torch {document['torch']}, {document['date'][:10]}; "
+        f"the machine itself copies {copy:.0f} GB/s (read + written) and does {gemm:.2f} TFLOP/s in a bf16 GEMM.",
         "",
         "| | shape | dtype | ours, ms | peer, ms | ratio | error against fp64 (peer's) |",
         "|---|---|---|---|---|---|---|",
@@ -38,37 +42,48 @@ def table(document: dict[str, Any]) -> str:
             continue
         shape = " × ".join(map(str, row["shape"]))
         peer_error = "" if row.get("peer_error") is None else f" ({row['peer_error']:.0e})"
-        lines.append(
-            f"| {_LABELS[row['metric']]} | {row['dimensions']}: {shape} | {row['dtype']} | {row['ours_ms']:.3g} | {row['peer_ms']:.3g} | "
-            f"**{row['ratio']:.1f}** | {row['error']:.0e}{peer_error} |"
+        cells = (
+            _LABELS[row["metric"]],
+            f"{row['dimensions']}: {shape}",
+            row["dtype"],
+            _milliseconds(row["ours_ms"]),
+            _milliseconds(row["peer_ms"]),
+            f"**{row['ratio']:.1f}**",
+            f"{row['error']:.0e}{peer_error}",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def newest() -> Path:
-    """The results file written last, by the date inside it."""
-    files = list((ROOT / "benchmarks" / "results").glob("*.json"))
-    if not files:
-        raise FileNotFoundError("benchmarks/results/ holds no results file; run `hpa-ext bench` first")
-    return max(files, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["date"])
+def _milliseconds(value: float) -> str:
+    """Three significant digits, and all of them above a hundred."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def updated(readme: str, document: dict[str, Any]) -> str:
+def source(readme: str) -> Path:
+    """The results file that the README names."""
+    found = _TABLE.search(readme)
+    if not found:
+        raise ValueError("README.md: expected the marks <!-- benchmarks from FILE --> and <!-- end of benchmarks -->")
+    return RESULTS / found.group(1)
+
+
+def updated(readme: str, name: str, document: dict[str, Any]) -> str:
     """The README with the table between its two marks replaced."""
-    pattern = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), flags=re.S)
-    if not pattern.search(readme):
-        raise ValueError(f"README.md: expected the marks {BEGIN} and {END}")
-    return pattern.sub(lambda match: f"{BEGIN}\n{table(document)}\n{END}", readme)
+    return _TABLE.sub(
+        lambda match: f"<!-- benchmarks from {name} -->\n{table(document)}\n<!-- end of benchmarks -->", readme
+    )
 
 
-def main() -> int:
-    """Rewrite the README."""
-    readme, results = ROOT / "README.md", newest()
-    document = json.loads(results.read_text(encoding="utf-8"))
-    readme.write_text(updated(readme.read_text(encoding="utf-8"), document), encoding="utf-8")
-    print(f"README.md: table from {results.relative_to(ROOT)}")
+def main(arguments: list[str]) -> int:
+    """Rewrite the README, from the file given or from the one that it names."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    path = RESULTS / Path(arguments[0]).name if arguments else source(text)
+    readme.write_text(updated(text, path.name, json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    print(f"README.md: table from {path.relative_to(ROOT)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
