@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc cmake CMakeLists.txt setup.py pyproject.toml -type f)
 PYTEST_ARGS ?=
 
-.PHONY: help install demo test test-cpp test-python lint format bench gpu-check clean
+.PHONY: help install demo test test-cpp test-emulated test-python lint format bench gpu-check clean
 
 help:
 	@echo "make demo       build, then fine-tune, erode and harmonize the embedded LLaVA (three seeds)"
@@ -38,13 +38,19 @@ install: $(VENV)/.installed
 demo: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/hpa-ext demo
 
-test: test-cpp test-python
+test: test-cpp test-emulated test-python
 
 test-cpp: $(VENV)/.dependencies
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DHPA_BUILD_PYTHON=OFF -DHPA_CUDA=OFF \
-	  -DHPA_BUILD_TESTS=ON > /dev/null
+	  -DHPA_BUILD_TESTS=ON -DHPA_EMULATED_PYTHON=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/cpp --output-on-failure
+
+# The operations' CUDA cases, their kernels run by the emulator of csrc/tests/cuda_emulation: logic, not hardware.
+test-emulated: install test-cpp
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m gpu --emulated-cuda=build/cpp/csrc/tests/emulated \
+	  $(foreach op,gram inverse_diagonal column_scores column_mask project_merge routed_lora,python_tests/test_$(op).py)
 
 test-python: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_ARGS)

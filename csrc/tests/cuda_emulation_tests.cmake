@@ -26,6 +26,18 @@ if(HPA_EMULATION_SANITIZE)
   target_link_options(hpa_cuda_emulation PUBLIC -fsanitize=address,undefined)
 endif()
 
+# The Python module with the emulated kernels in the place of the CUDA ones, so that the Python tests of the operations
+# can run their CUDA cases through it: pytest --emulated-cuda=<build>/csrc/tests/emulated
+option(HPA_EMULATED_PYTHON "Build the Python module on the emulated kernels" OFF)
+if(HPA_EMULATED_PYTHON)
+  find_package(Python COMPONENTS Interpreter Development.Module REQUIRED)
+  find_package(pybind11 CONFIG REQUIRED)
+  pybind11_add_module(emulated_C MODULE ${CMAKE_CURRENT_SOURCE_DIR}/../bindings.cpp)
+  set_target_properties(emulated_C PROPERTIES OUTPUT_NAME _C LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/emulated)
+  # Its kernels come first, and so nothing of hpa's own CUDA part is taken.
+  target_link_libraries(emulated_C PRIVATE hpa_cuda_emulation hpa)
+endif()
+
 foreach(operation gram inverse_diagonal column_scores column_mask project_merge routed_lora)
   add_executable(cuda_emulation_${operation} ${CMAKE_CURRENT_SOURCE_DIR}/cuda_emulation/test_${operation}.cpp)
   target_link_libraries(cuda_emulation_${operation} PRIVATE hpa_cuda_emulation)

@@ -77,6 +77,11 @@ def mark_written(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels are the ones to call."""
+    return tensor.is_cuda
+
+
 def stream_of(tensor: Tensor) -> int:
     """The address of torch's current stream on the tensor's device."""
     return torch.cuda.current_stream(tensor.device).cuda_stream

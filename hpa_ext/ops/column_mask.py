@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hpa_ext import _C, reference
-from hpa_ext.ops._backend import backend_of, is_traced, stream_of, use_torch_threads
+from hpa_ext.ops._backend import backend_of, is_traced, on_cuda, stream_of, use_torch_threads
 from hpa_ext.ops._checks import check_same, check_shape, check_tensor, describe
 from hpa_ext.ops._library import register
 
@@ -60,7 +60,7 @@ def _column_mask(scores: Tensor, counts: Tensor, eligible: Tensor | None = None)
         flat.data_ptr(), 0 if flat_eligible is None else flat_eligible.data_ptr(), flat_counts.data_ptr(),
         mask.data_ptr(), flat.numel() // columns, columns,
     )  # fmt: skip
-    if flat.is_cuda:
+    if on_cuda(flat):
         _C.cuda.column_mask(*arguments, stream_of(flat))
     else:
         use_torch_threads()

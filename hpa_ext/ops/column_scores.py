@@ -10,6 +10,7 @@ from hpa_ext.ops._backend import (
     DTYPE_TAGS,
     backend_of,
     is_traced,
+    on_cuda,
     row_stride,
     stream_of,
     unit_stride,
@@ -53,7 +54,7 @@ def _column_scores(w_old: Tensor, w_new: Tensor) -> tuple[Tensor, Tensor, Tensor
         old.data_ptr(), row_stride(old), new.data_ptr(), row_stride(new), DTYPE_TAGS[old.dtype], *old.shape,
         squared_update.data_ptr(), inner_product.data_ptr(), old_squared_norm.data_ptr(),
     )  # fmt: skip
-    if old.is_cuda:
+    if on_cuda(old):
         scratch = workspace(_C.cuda.column_scores_workspace_bytes(*old.shape), old)
         _C.cuda.column_scores(*arguments, scratch.data_ptr(), stream_of(old))
     else:

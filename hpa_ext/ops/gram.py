@@ -11,6 +11,7 @@ from hpa_ext.ops._backend import (
     backend_of,
     is_traced,
     mark_written,
+    on_cuda,
     row_stride,
     stream_of,
     unit_stride,
@@ -80,7 +81,7 @@ def _gram_accumulate_(gram: Tensor, x: Tensor, token_mask: Tensor | None = None)
 def _native(gram: Tensor, x: Tensor, mask: Tensor | None) -> None:
     shape = (DTYPE_TAGS[x.dtype], x.shape[0], x.shape[1], row_stride(x))
     mask_address = 0 if mask is None else mask.data_ptr()
-    if x.is_cuda:
+    if on_cuda(x):
         scratch = workspace(_C.cuda.gram_workspace_bytes(*shape), x)
         _C.cuda.gram_accumulate(
             x.data_ptr(), *shape, mask_address, gram.data_ptr(), row_stride(gram), scratch.data_ptr(), stream_of(x)

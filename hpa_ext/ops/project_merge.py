@@ -11,6 +11,7 @@ from hpa_ext.ops._backend import (
     backend_of,
     is_traced,
     mark_written,
+    on_cuda,
     row_stride,
     stream_of,
     unit_stride,
@@ -117,7 +118,7 @@ def _project_merge_out(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: 
         old.data_ptr(), row_stride(old), new.data_ptr(), row_stride(new), target.data_ptr(), row_stride(target),
         DTYPE_TAGS[old.dtype], *old.shape, mask.data_ptr(), axis == "output", coefficient.data_ptr(),
     )  # fmt: skip
-    if old.is_cuda:
+    if on_cuda(old):
         _C.cuda.project_merge(*arguments, stream_of(old))
     else:
         use_torch_threads()

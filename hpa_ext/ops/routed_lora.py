@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hpa_ext import _C, reference
-from hpa_ext.ops._backend import DTYPE_TAGS, backend_of, is_traced, stream_of, use_torch_threads, workspace
+from hpa_ext.ops._backend import DTYPE_TAGS, backend_of, is_traced, on_cuda, stream_of, use_torch_threads, workspace
 from hpa_ext.ops._checks import WEIGHT_DTYPES, check_same, check_shape, check_tensor
 from hpa_ext.ops._library import LIBRARY, register
 
@@ -50,7 +50,7 @@ def _routed_lora(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: Tens
         x.data_ptr(), a.data_ptr(), b.data_ptr(), weights.data_ptr(), scaling.data_ptr(), output.data_ptr(),
         DTYPE_TAGS[x.dtype], batch, tokens, in_features, b.shape[1], tasks, rank,
     )  # fmt: skip
-    if x.is_cuda:
+    if on_cuda(x):
         scratch = workspace(_C.cuda.routed_lora_workspace_bytes(batch, tokens, tasks, rank), x)
         _C.cuda.routed_lora(*arguments, scratch.data_ptr(), stream_of(x))
     else:
