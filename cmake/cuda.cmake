@@ -41,6 +41,10 @@ if(HPA_HAS_CUDA)
     CUDA_ARCHITECTURES "${HPA_CUDA_ARCHITECTURES}"
     CUDA_RUNTIME_LIBRARY Static
     CUDA_VISIBILITY_PRESET hidden)
+  # By name, so that it stands in the installed package too: CMake links CUDA_RUNTIME_LIBRARY only into projects that
+  # enable the language CUDA themselves.
+  find_package(CUDAToolkit REQUIRED)
+  target_link_libraries(hpa PRIVATE CUDA::cudart_static)
   # nvcc's defaults otherwise: IEEE division and square root, subnormals kept. No fast-math, here or anywhere.
   target_compile_options(hpa PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
   option(HPA_RESOURCE_REPORT "Let ptxas print the registers, shared memory and spills of every kernel" OFF)

@@ -112,9 +112,9 @@ class Gram:
         self, damping: float = 0.01, *, normalization: str = "mean", rescue: str = "damping"
     ) -> ops.InverseDiagonal:
         """As `inverse_diagonal`, with the damping and precision that it took. Its tensors are the kept ones."""
-        factor = self._factor(normalization)
         key = (float(damping), normalization, rescue)
-        if key not in self._inverse:
+        if key not in self._inverse:  # what is kept was checked then, and is returned without synchronising
+            factor = self._factor(normalization)
             # The inverse scales with 1/H, so the sum itself is factored and no normalised copy is made.
             found = ops.inverse_diagonal(self._sum, damping, rescue=rescue, return_report=True)
             self._inverse[key] = ops.InverseDiagonal(

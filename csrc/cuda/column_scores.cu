@@ -16,6 +16,9 @@ constexpr int kRowLanes = kThreads / kWarp;
 constexpr int kFinishColumns = 32;
 // 8 for each of 132 multiprocessors; a constant, so that results do not depend on the device.
 constexpr std::int64_t kTargetBlocks = 1056;
+// The most float32 additions in a row that a thread makes, one for each row of its strip (8 columns, every 8th row).
+constexpr std::int64_t kMaximumStripRows = 512;
+static_assert(kMaximumStripRows % (4 * kRowLanes) == 0);
 
 // How the matrix is cut, from its size alone.
 struct Strips {
@@ -27,7 +30,8 @@ Strips strips_of(std::int64_t rows, std::int64_t columns) {
   strips.column_blocks = ceil_div<std::int64_t>(columns, kBlockColumns);
   if (rows == 0 || columns == 0) return strips;
   const std::int64_t wanted = larger<std::int64_t>(1, ceil_div(kTargetBlocks, strips.column_blocks));
-  strips.rows_per_strip = round_up<std::int64_t>(larger<std::int64_t>(64, ceil_div(rows, wanted)), 4 * kRowLanes);
+  const std::int64_t even = larger<std::int64_t>(64, ceil_div(rows, wanted));
+  strips.rows_per_strip = smaller(kMaximumStripRows, round_up<std::int64_t>(even, 4 * kRowLanes));
   strips.count = ceil_div(rows, strips.rows_per_strip);
   return strips;
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,9 +44,15 @@ def backend_of(operation: str, tensor: Tensor) -> str:
         return "native"
     if kind == "cuda" and torch.version.cuda is not None and _C.build_info()["cuda_version"]:
         forced = _forced_cuda.get()
-        if forced or (forced is None and operation in CUDA_VERIFIED):
+        if forced or (forced is None and operation in CUDA_VERIFIED and _kernels_run(tensor.device.index)):
             return "native"
     return "torch"
+
+
+@cache
+def _kernels_run(index: int) -> bool:
+    """Whether the driver is new enough for this build's CUDA runtime, and the device for its kernels (sm_80 and up)."""
+    return _C.cuda.device_count() > 0 and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
@@ -80,6 +87,11 @@ def mark_written(tensor: Tensor) -> None:
 def on_cuda(tensor: Tensor) -> bool:
     """Whether the CUDA kernels are the ones to call."""
     return tensor.is_cuda
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Within the context the tensor's device is the current one: a kernel is launched on that, whatever its stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def stream_of(tensor: Tensor) -> int:

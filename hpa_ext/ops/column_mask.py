@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hpa_ext import _C, reference
-from hpa_ext.ops._backend import backend_of, is_traced, on_cuda, stream_of, use_torch_threads
+from hpa_ext.ops._backend import backend_of, device_of, is_traced, on_cuda, stream_of, use_torch_threads
 from hpa_ext.ops._checks import check_same, check_shape, check_tensor, describe
 from hpa_ext.ops._library import register
 
@@ -61,7 +61,8 @@ def _column_mask(scores: Tensor, counts: Tensor, eligible: Tensor | None = None)
         mask.data_ptr(), flat.numel() // columns, columns,
     )  # fmt: skip
     if on_cuda(flat):
-        _C.cuda.column_mask(*arguments, stream_of(flat))
+        with device_of(flat):
+            _C.cuda.column_mask(*arguments, stream_of(flat))
     else:
         use_torch_threads()
         _C.cpu.column_mask(*arguments)

@@ -9,6 +9,7 @@ from hpa_ext import _C, reference
 from hpa_ext.ops._backend import (
     DTYPE_TAGS,
     backend_of,
+    device_of,
     is_traced,
     on_cuda,
     row_stride,
@@ -56,7 +57,8 @@ def _column_scores(w_old: Tensor, w_new: Tensor) -> tuple[Tensor, Tensor, Tensor
     )  # fmt: skip
     if on_cuda(old):
         scratch = workspace(_C.cuda.column_scores_workspace_bytes(*old.shape), old)
-        _C.cuda.column_scores(*arguments, scratch.data_ptr(), stream_of(old))
+        with device_of(old):
+            _C.cuda.column_scores(*arguments, scratch.data_ptr(), stream_of(old))
     else:
         use_torch_threads()
         _C.cpu.column_scores(*arguments)

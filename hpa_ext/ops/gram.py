@@ -9,6 +9,7 @@ from hpa_ext import _C, reference
 from hpa_ext.ops._backend import (
     DTYPE_TAGS,
     backend_of,
+    device_of,
     is_traced,
     mark_written,
     on_cuda,
@@ -83,9 +84,10 @@ def _native(gram: Tensor, x: Tensor, mask: Tensor | None) -> None:
     mask_address = 0 if mask is None else mask.data_ptr()
     if on_cuda(x):
         scratch = workspace(_C.cuda.gram_workspace_bytes(*shape), x)
-        _C.cuda.gram_accumulate(
-            x.data_ptr(), *shape, mask_address, gram.data_ptr(), row_stride(gram), scratch.data_ptr(), stream_of(x)
-        )
+        with device_of(x):
+            _C.cuda.gram_accumulate(
+                x.data_ptr(), *shape, mask_address, gram.data_ptr(), row_stride(gram), scratch.data_ptr(), stream_of(x)
+            )
     else:
         use_torch_threads()
         _C.cpu.gram_accumulate(x.data_ptr(), *shape, mask_address, gram.data_ptr(), row_stride(gram))

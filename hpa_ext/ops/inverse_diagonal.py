@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpa_ext import _C, reference
 from hpa_ext.errors import NumericalError
-from hpa_ext.ops._backend import backend_of, is_traced, on_cuda, stream_of, use_torch_threads, workspace
+from hpa_ext.ops._backend import backend_of, device_of, is_traced, on_cuda, stream_of, use_torch_threads, workspace
 from hpa_ext.ops._checks import check_tensor, describe, is_number
 from hpa_ext.ops._library import register
 
@@ -194,7 +194,8 @@ def _attempt(matrices: Tensor, damping: float, float64: bool) -> tuple[Tensor, T
     )  # fmt: skip
     if on_cuda(matrices):
         scratch = workspace(_C.cuda.inverse_diagonal_workspace_bytes(batch, size, float64), matrices)
-        _C.cuda.inverse_diagonal(*arguments, scratch.data_ptr(), stream_of(matrices))
+        with device_of(matrices):
+            _C.cuda.inverse_diagonal(*arguments, scratch.data_ptr(), stream_of(matrices))
     else:
         use_torch_threads()
         _C.cpu.inverse_diagonal(*arguments)

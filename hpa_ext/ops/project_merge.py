@@ -9,6 +9,7 @@ from hpa_ext import _C, reference
 from hpa_ext.ops._backend import (
     DTYPE_TAGS,
     backend_of,
+    device_of,
     is_traced,
     mark_written,
     on_cuda,
@@ -119,7 +120,8 @@ def _project_merge_out(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: 
         DTYPE_TAGS[old.dtype], *old.shape, mask.data_ptr(), axis == "output", coefficient.data_ptr(),
     )  # fmt: skip
     if on_cuda(old):
-        _C.cuda.project_merge(*arguments, stream_of(old))
+        with device_of(old):
+            _C.cuda.project_merge(*arguments, stream_of(old))
     else:
         use_torch_threads()
         _C.cpu.project_merge(*arguments)

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from hpa_ext import _C, reference
-from hpa_ext.ops._backend import DTYPE_TAGS, backend_of, is_traced, on_cuda, stream_of, use_torch_threads, workspace
+from hpa_ext.ops._backend import (
+    DTYPE_TAGS,
+    backend_of,
+    device_of,
+    is_traced,
+    on_cuda,
+    stream_of,
+    use_torch_threads,
+    without_autocast,
+    workspace,
+)
 from hpa_ext.ops._checks import WEIGHT_DTYPES, check_same, check_shape, check_tensor
 from hpa_ext.ops._library import LIBRARY, register
 
@@ -42,7 +52,8 @@ def routed_lora(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: Tenso
 def _routed_lora(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: Tensor) -> Tensor:
     output = _fake(x, a, b, weights, scaling)
     if backend_of("routed_lora", x) == "torch":
-        return reference.routed_lora(x, a, b, weights, scaling)
+        with without_autocast(x):
+            return reference.routed_lora(x, a, b, weights, scaling)
     x, a, b, weights, scaling = (t.detach().contiguous() for t in (x, a, b, weights, scaling))
     batch, tokens, in_features = x.shape
     tasks, rank, _ = a.shape
@@ -52,7 +63,8 @@ def _routed_lora(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: Tens
     )  # fmt: skip
     if on_cuda(x):
         scratch = workspace(_C.cuda.routed_lora_workspace_bytes(batch, tokens, tasks, rank), x)
-        _C.cuda.routed_lora(*arguments, scratch.data_ptr(), stream_of(x))
+        with device_of(x):
+            _C.cuda.routed_lora(*arguments, scratch.data_ptr(), stream_of(x))
     else:
         use_torch_threads()
         _C.cpu.routed_lora(*arguments)

@@ -48,6 +48,7 @@ struct [[nodiscard]] Status {
 };
 
 // A cudaStream_t, so that this header needs no CUDA; null is the default stream.
+// Its device, where all memory of the call lies, must be the current one of the calling thread.
 using Stream = void*;
 
 }  // namespace hpa
