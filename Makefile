@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NATIVE_SOURCES := $(shell find csrc cmake CMakeLists.txt setup.py pyproject.toml -type f)
+NATIVE_SOURCES := $(shell find csrc cmake CMakeLists.txt setup.py pyproject.toml hpa_ext/VERSION -type f)
 PYTEST_ARGS ?=
 
 .PHONY: help install demo test test-cpp test-emulated test-python lint format bench gpu-check clean
@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 help:
 	@echo "make demo       build, then fine-tune, erode and harmonize the embedded LLaVA (three seeds)"
 	@echo "make test       C++ and Python tests"
+	@echo "make install    the virtual environment alone: dependencies and an editable install"
 	@echo "make lint       ruff and clang-format, as CI runs them"
 	@echo "make format     rewrite the sources as lint wants them"
 	@echo "make bench      microbenchmarks on this machine, written to benchmarks/results/"
@@ -69,8 +70,10 @@ format: $(VENV)/.dependencies
 bench: install
 	$(BIN)/hpa-ext bench
 
+# In the virtual environment if there is one, else with PYTHON, which must then hold torch.
 gpu-check:
-	bash benchmarks/gpu_check.sh
+	PYTHON="$(if $(wildcard $(BIN)/python),$(abspath $(BIN)/python),$(PYTHON))" bash benchmarks/gpu_check.sh
 
 clean:
-	rm -rf build dist *.egg-info hpa_ext/_C*.so $(VENV)
+	rm -rf build dist *.egg-info hpa_ext/_C*.so .pytest_cache .ruff_cache $(VENV)
+	find benchmarks examples hpa_ext python_tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,14 +2,25 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+
+
+class FreshCopy(build_py):
+    """Start from an empty folder: setuptools leaves modules there that the sources no longer have."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "hpa_ext", ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -45,5 +56,5 @@ setup(
     package_dir={"hpa_ext.benchmarks": "benchmarks"},
     package_data={"hpa_ext": ["VERSION", "py.typed"], "hpa_ext.models": ["embedded_checkpoint/*"]},
     ext_modules=[Extension("hpa_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_py": FreshCopy, "build_ext": CMakeBuild},
 )

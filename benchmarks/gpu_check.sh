@@ -20,4 +20,4 @@ PY
 for tool in memcheck racecheck; do
   compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" benchmarks/sanitize.py 2>&1 | tail -n 5 | tee -a "$LOG"
 done
-hpa-ext bench --device cuda --native-cuda
+"$PYTHON" -m hpa_ext.cli.main bench --device cuda --native-cuda

@@ -26,6 +26,8 @@ hpa::ConstMatrix view(const std::vector<float>& values, std::int64_t rows, std::
 }  // namespace
 
 int main() {
+  std::printf("CUDA devices: %d; this example runs on the CPU with %s\n", hpa::cuda::device_count(),
+              hpa::cpu::instruction_set());
   std::mt19937 engine(0);
   std::normal_distribution<float> normal;
   const auto random = [&](std::int64_t count, float scale) {

@@ -140,6 +140,12 @@ def find_linears(model: nn.Module, modules: str | Iterable[str] | None = None) -
         except re.error as error:
             raise ValueError(f"modules: not a regular expression: {modules!r} ({error})") from error
         chosen = {name: linear for name, linear in found.items() if pattern.fullmatch(name)}
+        inside = [name for name in found if pattern.search(name)]
+        if inside and not chosen:
+            raise ValueError(
+                f"modules: no linear layer of {type(plain).__name__} matches {pattern.pattern!r} with its whole name; "
+                f"{len(inside)} match with a part of it, such as {inside[0]}: put .* before or after it"
+            )
     else:
         if not isinstance(modules, Iterable):
             raise TypeError(f"modules: expected a regular expression or names, got {type(modules).__name__}")
