@@ -210,7 +210,7 @@ def test_rescues_are_reported():
         old, tiny_models.tuned(old), {**safety, name: indefinite}, task, HPAConfig(damping=1e-5), progress=False
     )
     assert report[name].damping_used["safety"] == pytest.approx(1e-3)
-    assert f"warning: safety Gram needed more damping in 1 layers, such as {name}" in str(report)
+    assert f"warning: safety Gram needed more damping in 1 layer, such as {name}" in str(report)
 
 
 def bad_calls():
@@ -502,3 +502,10 @@ def test_report_becomes_json():
     assert layer["columns"] == 32 and layer["old_norm"] == 0
     line = next(text for text in str(report).splitlines() if text.startswith("model.layers.0.mlp.up_proj "))
     assert line.endswith(" -")
+
+
+def test_models_that_do_not_differ_are_remarked_on():
+    old, new, safety, task = setting(tiny_models.llama)
+    text = "no weight differs between model_old and model_new"
+    assert text in str(harmonize_model(old, copy.deepcopy(old), safety, task, progress=False))
+    assert text not in str(harmonize_model(old, new, safety, task, progress=False))

@@ -190,7 +190,7 @@ def _bar(pairs: dict, label: str, progress: bool) -> Iterable:
 
 
 def _warnings(reports: dict[str, LayerReport], config: HPAConfig) -> list[str]:
-    """One line for each kind of rescue that a Gram needed."""
+    """One line for each kind of rescue that a Gram needed, and one if there was nothing to harmonize."""
     lines = []
     for kind in ("safety", "task"):
         events = {
@@ -198,8 +198,10 @@ def _warnings(reports: dict[str, LayerReport], config: HPAConfig) -> list[str]:
             "was factored in float64": [n for n, report in reports.items() if report.precision_bits[kind] == 64],
         }
         lines += [
-            f"{kind} Gram {event} in {len(names)} layers, such as {names[0]}"
+            f"{kind} Gram {event} in {len(names)} {'layer' if len(names) == 1 else 'layers'}, such as {names[0]}"
             for event, names in events.items()
             if names
         ]
+    if all(report.update_norm == 0 for report in reports.values()):
+        lines.append("no weight differs between model_old and model_new, so nothing was harmonized")
     return lines
