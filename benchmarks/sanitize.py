@@ -27,7 +27,8 @@ def run(dtype: torch.dtype) -> None:
             routed = ops.routed_lora(x[:76].view(2, 38, 131), *experts, weights, scaling)
             results.append((gram, inverse, squared, merged.float(), routed.float()))
     for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2)
+        error = float((mine - theirs).norm() / theirs.norm())
+        assert error < 5e-3, f"native and torch differ by {error:.1e} of the norm"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hpa_ext import ops
 from hpa_ext.errors import NumericalError
+from hpa_ext.ops.inverse_diagonal import check_symmetric
 
 NORMALIZATIONS = ("mean", "sum")
 
@@ -116,7 +117,7 @@ class Gram:
         if key not in self._inverse:  # what is kept was checked then, and is returned without synchronising
             factor = self._factor(normalization)
             # The inverse scales with 1/H, so the sum itself is factored and no normalised copy is made.
-            found = ops.inverse_diagonal(self._sum, damping, rescue=rescue, return_report=True)
+            found = ops.inverse_diagonal(self._sum, damping, rescue=rescue, assume_symmetric=True, return_report=True)
             self._inverse[key] = ops.InverseDiagonal(
                 found.diagonal / factor, found.damping_used, found.precision_bits, found.failed_minor
             )
@@ -176,6 +177,11 @@ class Gram:
         gram = cls(total.shape[0], device=total.device)
         gram._sum.copy_(total)
         gram._host_tokens = count
+        if bool(gram.is_finite()):  # one that is not says so when it is used
+            try:
+                check_symmetric(gram._sum[None])
+            except ValueError as error:
+                raise ValueError(f"state['sum']: {error}") from error
         return gram
 
     def _factor(self, normalization: str) -> float:

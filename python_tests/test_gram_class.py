@@ -441,3 +441,10 @@ def test_a_collection_counts_shared_grams_once():
     with pytest.raises(TypeError, match="other: expected a GramCollection, got dict"):
         first.merge_(dict(second))
     assert first["q"].token_count == 12
+
+
+def test_a_restored_sum_must_be_symmetric():
+    total = torch.eye(4)
+    total[0, 3] = 0.5
+    with pytest.raises(ValueError, match=r"state\['sum'\]: h: expected symmetric matrices"):
+        Gram.from_state_dict({"sum": total, "token_count": torch.tensor(3)})

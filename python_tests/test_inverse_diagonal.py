@@ -449,3 +449,11 @@ def test_float64_attempts_of_the_native_kernel_are_exact(device):
     report = inverse_diagonal(h.float().to(device), 0.0, return_report=True)
     assert torch.equal(h.float().double(), h)
     torch.testing.assert_close(report.diagonal.double().cpu(), expected, rtol=1e-4, atol=0)
+
+
+def test_symmetry_may_be_taken_on_trust(device):
+    h = (torch.eye(5) * 2).to(device)
+    h[0, 4] = 1.0  # above the diagonal, which is not read
+    torch.testing.assert_close(inverse_diagonal(h, 0.0, assume_symmetric=True), torch.full((5,), 0.5, device=device))
+    with pytest.raises(ValueError, match="h: expected symmetric"):
+        inverse_diagonal(h, 0.0)

@@ -304,3 +304,29 @@ def test_an_eager_call_costs_little(capsys):
     if not is_native("column_mask"):
         pytest.skip("the native kernel does not serve column_mask here")
     assert median < 100
+
+
+@pytest.mark.parametrize(
+    ("coefficient", "error", "message"),
+    [
+        (torch.tensor(0.5, dtype=torch.float64), TypeError, r"coefficient: expected \[\] of dtype float32"),
+        (torch.tensor([0.5]), ValueError, r"coefficient: expected shape \[\]"),
+        (torch.tensor(0.5, device="meta"), ValueError, "coefficient: expected device cpu"),
+    ],
+)
+def test_the_operator_itself_checks_the_coefficient(coefficient, error, message):
+    """The kernel reads one float32 from its address, whoever calls."""
+    old, new, mask = torch.randn(3, 4), torch.randn(3, 4), torch.zeros(4, dtype=torch.bool)
+    with pytest.raises(error, match=message):
+        torch.ops.hpa_ext.project_merge(old, new, mask, coefficient, "input")
+    out = torch.full((3, 4), 7.0)
+    with pytest.raises(error, match=message):
+        torch.ops.hpa_ext.project_merge_out(old, new, mask, coefficient, "input", out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("damping", [-0.1, float("nan"), float("inf")])
+def test_the_operator_itself_checks_the_damping(damping):
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(ValueError, match="damping: expected a finite number, at least 0"):
+            torch.ops.hpa_ext.inverse_diagonal(torch.eye(3, dtype=dtype), damping)

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
+from ..token_masks import IGNORED_LABEL
 from .samples import Sample
-
-IGNORED_LABEL = -100
 
 
 def prompt_text(processor: Any, sample: Sample) -> str:

@@ -15,6 +15,7 @@ from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.report import LayerReport
 from hpa_ext.hpa.scores import column_importance
 from hpa_ext.hpa.selection import Selection, balance, select
+from hpa_ext.models.structure import is_conv1d
 from hpa_ext.ops._checks import describe
 
 
@@ -52,7 +53,7 @@ def harmonize(
     check = return_report or old.device.type != "cuda"
     plan = plan_layer(old, new, gram, depth, config, check=check)
     merged = ops.project_merge(old, new, plan.selection.retained, plan.coefficient, axis=config.granularity)
-    merged = merged.mT.contiguous() if _is_conv1d(layer_new) else merged
+    merged = merged.mT.contiguous() if is_conv1d(layer_new) else merged
     return (merged, plan.report()) if return_report else merged
 
 
@@ -171,18 +172,13 @@ def _settings(config: HPAConfig | None) -> HPAConfig:
     return config
 
 
-def _is_conv1d(layer: Any) -> bool:
-    kind = type(layer)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-
-
 def _weight(name: str, layer: Tensor | nn.Module) -> Tensor:
     """The layer's weight as ``[out, in]``, detached: a view, so that writing to it writes to the layer."""
     if isinstance(layer, Tensor):
         return layer.detach()
     if isinstance(layer, nn.Linear):
         return layer.weight.detach()
-    if _is_conv1d(layer):
+    if is_conv1d(layer):
         return layer.weight.detach().mT
     raise TypeError(
         f"{name}: expected a Tensor [out, in], an nn.Linear or a transformers Conv1D, got {type(layer).__name__}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hpa_ext.models.structure import decoder_name, in_module, unwrap
+from hpa_ext.models.structure import decoder_name, in_module, is_conv1d, unwrap
 from hpa_ext.ops._backend import without_autocast
 
 
@@ -185,8 +185,7 @@ def _is_lora(module: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    kind = type(module)
-    return isinstance(module, nn.Linear) or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:

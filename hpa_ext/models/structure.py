@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from torch import nn
@@ -60,10 +59,10 @@ def layer_depth(model: nn.Module, name: str) -> float:
     return 1.0
 
 
-def layer_index(name: str) -> int | None:
-    """The first number in a dotted name: the decoder layer's index from 0; None outside of any layer."""
-    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(match.group(1)) if match else None
+def is_conv1d(module: object) -> bool:
+    """Whether the module is transformers' Conv1D, a linear with its weight as ``[in, out]``. By name, to import nothing."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 def image_token_id(model: nn.Module) -> int | None:

@@ -51,6 +51,7 @@ def inverse_diagonal(
     *,
     rescue: str = "damping",
     check: bool = True,
+    assume_symmetric: bool = False,
     return_report: bool = False,
 ) -> Tensor | InverseDiagonal:
     """``diag((H + damping * mean(diag H) * I)^-1)`` of each matrix, without forming the inverse.
@@ -63,6 +64,8 @@ def inverse_diagonal(
             time up to 1; "precision": float64 only; "none": neither. Every rescue is in the report.
         check: look at the outcome on the host, which synchronises with a device. With False no rescue happens, nothing
             is raised for the values, and a matrix that failed has a NaN diagonal; needed inside a CUDA graph.
+        assume_symmetric: do not compare the two triangles, of which only the lower one is used: for matrices that are
+            symmetric by construction. The comparison costs about a fifth of the whole.
         return_report: return an `InverseDiagonal` instead of the diagonal alone.
 
     Returns:
@@ -77,21 +80,23 @@ def inverse_diagonal(
     of column j of ``L^-1``, over ``D_jj``. This is the true diagonal of the inverse, not the squared diagonal of the
     Cholesky factor of the inverse that SparseGPT-like code uses (a conditional variance). Not differentiable.
     """
-    if not is_number(damping) or not math.isfinite(damping) or damping < 0:
+    if not is_number(damping):
         raise ValueError(f"damping: expected a finite number, at least 0, got {damping!r}")
     if is_traced(h):
-        parts = torch.ops.hpa_ext.inverse_diagonal(h.detach(), float(damping), rescue, check)
+        parts = torch.ops.hpa_ext.inverse_diagonal(h.detach(), float(damping), rescue, check, assume_symmetric)
     else:
-        parts = _inverse_diagonal(h, float(damping), rescue, check)
+        parts = _inverse_diagonal(h, float(damping), rescue, check, assume_symmetric)
     return InverseDiagonal(*parts) if return_report else parts[0]
 
 
 def _fake(
-    h: Tensor, damping: float = 0.01, rescue: str = "damping", check: bool = True
+    h: Tensor, damping: float = 0.01, rescue: str = "damping", check: bool = True, assume_symmetric: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_tensor("h", h, "[..., in, in]", None, (torch.float32, torch.float64))
     if h.dim() < 2 or h.shape[-1] != h.shape[-2]:
         raise ValueError(f"h: expected square matrices [..., in, in], got {describe(h)}")
+    if not math.isfinite(damping) or damping < 0:
+        raise ValueError(f"damping: expected a finite number, at least 0, got {damping!r}")
     if rescue not in RESCUES:
         raise ValueError(f"rescue: expected one of {', '.join(RESCUES)}, got {rescue!r}")
     batch = h.shape[:-2]
@@ -104,9 +109,9 @@ def _fake(
 
 
 def _inverse_diagonal(
-    h: Tensor, damping: float = 0.01, rescue: str = "damping", check: bool = True
+    h: Tensor, damping: float = 0.01, rescue: str = "damping", check: bool = True, assume_symmetric: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    diagonal, damping_used, bits, failed = _fake(h, damping, rescue, check)
+    diagonal, damping_used, bits, failed = _fake(h, damping, rescue, check, assume_symmetric)
     size = h.shape[-1]
     if diagonal.numel() == 0:
         return diagonal, damping_used, bits, failed.zero_()
@@ -117,7 +122,8 @@ def _inverse_diagonal(
         return diagonal, damping_used, bits, failed
     # NaN compares unequal to itself, so symmetry is judged after the attempt has told NaN and Inf apart.
     _raise_not_finite(flat[3], damping)
-    _check_symmetric(matrices)
+    if not assume_symmetric:
+        check_symmetric(matrices)
     weak = (flat[3] != 0) | ((flat[2] == 32) & (pivot < SMALLEST_FLOAT32_PIVOT))
     for index in weak.nonzero().flatten().tolist():
         _rescue(matrices[index : index + 1], index, damping, rescue, flat)
@@ -161,8 +167,8 @@ def _raise_not_finite(failed: Tensor, damping: float) -> None:
         raise NumericalError(f"{which} NaN or Inf", failing_minor=-1, damping=damping)
 
 
-def _check_symmetric(matrices: Tensor) -> None:
-    """The kernels read one triangle; the other must say the same, up to the rounding of float32 sums."""
+def check_symmetric(matrices: Tensor) -> None:
+    """Raise ValueError unless both triangles of ``[batch, in, in]`` agree, up to the rounding of float32 sums."""
     size = matrices.shape[-1]
     scale = matrices.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     for start in range(0, size, _STRIP):
@@ -203,7 +209,8 @@ def _attempt(matrices: Tensor, damping: float, float64: bool) -> tuple[Tensor, T
 
 
 register(
-    'inverse_diagonal(Tensor h, float damping=0.01, str rescue="damping", bool check=True) '
+    'inverse_diagonal(Tensor h, float damping=0.01, str rescue="damping", bool check=True, '
+    "bool assume_symmetric=False) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _inverse_diagonal,
     _fake,

@@ -18,7 +18,15 @@ from hpa_ext.ops._backend import (
     unit_stride,
     use_torch_threads,
 )
-from hpa_ext.ops._checks import check_same, check_shape, check_tensor, check_weight_pair, describe, is_number
+from hpa_ext.ops._checks import (
+    WEIGHT_DTYPES,
+    check_same,
+    check_shape,
+    check_tensor,
+    check_weight_pair,
+    describe,
+    is_number,
+)
 from hpa_ext.ops._library import register
 
 _AXES = ("input", "output")
@@ -54,7 +62,7 @@ def project_merge(
 
     Each weight is read once, and the result written once. HPA (CVPR 2026), section 3.3. Not differentiable.
     """
-    check_weight_pair(w_old, w_new)
+    check_tensor("w_old", w_old, "[out, in]", 2, WEIGHT_DTYPES)  # the coefficient takes its dtype and device from it
     coefficient = _as_coefficient(coefficient, w_old)
     if is_traced(w_old, w_new, mask, coefficient, out):
         if out is None:
@@ -68,7 +76,7 @@ def project_merge(
 
 
 def _as_coefficient(coefficient: float | Tensor, w_old: Tensor) -> Tensor:
-    dtype = torch.float64 if w_old.dtype == torch.float64 else torch.float32
+    dtype = reference.compute_dtype(w_old)
     if is_number(coefficient) or isinstance(coefficient, torch.SymFloat):
         return torch.full((), coefficient, dtype=dtype, device=w_old.device)
     if not isinstance(coefficient, Tensor) or coefficient.numel() != 1:
@@ -85,6 +93,8 @@ def _check(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis
     length = w_old.shape[1] if axis == "input" else w_old.shape[0]
     check_shape("mask", mask, (length,), f"for axis {axis!r} of w_old {list(w_old.shape)}")
     check_same("mask", mask, "w_old", w_old, dtype=False)
+    check_tensor("coefficient", coefficient, "[]", 0, (reference.compute_dtype(w_old),))
+    check_same("coefficient", coefficient, "w_old", w_old, dtype=False)
     check_tensor("out", out, "[out, in]", 2)
     check_shape("out", out, tuple(w_old.shape), "like w_old")
     check_same("out", out, "w_old", w_old)
@@ -92,7 +102,7 @@ def _check(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis
 
 def _project_merge(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis: str) -> Tensor:
     out = _fake(w_old, w_new, mask, coefficient, axis)
-    _project_merge_out(w_old, w_new, mask, coefficient, axis, out)
+    _write(w_old, w_new, mask, coefficient, axis, out)
     return out
 
 
@@ -104,6 +114,11 @@ def _fake(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis:
 
 def _project_merge_out(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis: str, out: Tensor) -> None:
     _check(w_old, w_new, mask, coefficient, axis, out)
+    _write(w_old, w_new, mask, coefficient, axis, out)
+
+
+def _write(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis: str, out: Tensor) -> None:
+    """Dispatch, for arguments that have passed `_check`."""
     if out.numel() == 0:
         return
     if backend_of("project_merge", w_old) == "torch":
