@@ -231,3 +231,13 @@ def test_a_target_that_cannot_be_written_is_refused_before_measuring(tmp_path, c
     for target in (tmp_path, tmp_path / "file" / "results.json"):
         assert run("column_mask", "--out", target) == 2
         assert "--out: expected a file that can be written" in capsys.readouterr().err
+
+
+def test_accuracy_table_is_as_good_as_torch():
+    accuracy = importlib.import_module(f"{benchmarks.__name__}.accuracy")
+    rows = list(accuracy.errors())
+    assert len(rows) == 3 * 6 + 2
+    for operation, dtype, ours, peer in rows:
+        # One sum of a million terms may come out well by chance, so beside twice torch's error stand a few roundings.
+        assert ours <= 2 * peer + 4e-7, f"{operation} in {dtype}: {ours:.1e} against torch's {peer:.1e}"
+    assert all(microseconds > 0 for _, microseconds in accuracy.overheads())

@@ -60,7 +60,7 @@ def layer_depth(model: nn.Module, name: str) -> float:
 
 
 def is_conv1d(module: object) -> bool:
-    """Whether the module is transformers' Conv1D, a linear with its weight as ``[in, out]``. By name, to import nothing."""
+    """Whether the module is transformers' Conv1D, whose weight is ``[in, out]``; by name, to import nothing."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
