@@ -44,6 +44,10 @@ class InverseDiagonal:
     precision_bits: Tensor
     failed_minor: Tensor
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The attributes in order, as the operator returns them."""
+        return self.diagonal, self.damping_used, self.precision_bits, self.failed_minor
+
 
 def inverse_diagonal(
     h: Tensor,
@@ -111,44 +115,46 @@ def _fake(
 def _inverse_diagonal(
     h: Tensor, damping: float = 0.01, rescue: str = "damping", check: bool = True, assume_symmetric: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    diagonal, damping_used, bits, failed = _fake(h, damping, rescue, check, assume_symmetric)
+    result = InverseDiagonal(*_fake(h, damping, rescue, check, assume_symmetric))
     size = h.shape[-1]
-    if diagonal.numel() == 0:
-        return diagonal, damping_used, bits, failed.zero_()
+    if result.diagonal.numel() == 0:
+        result.failed_minor.zero_()
+        return result.parts()
     matrices = h.detach().reshape(-1, size, size)
-    flat = (diagonal.view(-1, size), damping_used.view(-1), bits.view(-1), failed.view(-1))
-    flat[0][:], flat[3][:], pivot = _attempt(matrices, damping, h.dtype == torch.float64)
-    if not check:
-        return diagonal, damping_used, bits, failed
-    # NaN compares unequal to itself, so symmetry is judged after the attempt has told NaN and Inf apart.
-    _raise_not_finite(flat[3], damping)
-    if not assume_symmetric:
-        check_symmetric(matrices)
-    weak = (flat[3] != 0) | ((flat[2] == 32) & (pivot < SMALLEST_FLOAT32_PIVOT))
-    for index in weak.nonzero().flatten().tolist():
-        _rescue(matrices[index : index + 1], index, damping, rescue, flat)
-    return diagonal, damping_used, bits, failed
+    found, failed_minor, smallest_pivot = _attempt(matrices, damping, h.dtype == torch.float64)
+    result.diagonal.copy_(found.view(h.shape[:-1]))
+    result.failed_minor.copy_(failed_minor.view(h.shape[:-2]))
+    if check:
+        minors = failed_minor.tolist()
+        # NaN compares unequal to itself, so symmetry is judged after the attempt has told NaN and Inf apart.
+        _raise_not_finite(minors, damping)
+        if not assume_symmetric:
+            check_symmetric(matrices)
+        for index, (minor, pivot) in enumerate(zip(minors, smallest_pivot.tolist(), strict=True)):
+            is_weak = h.dtype == torch.float32 and pivot < SMALLEST_FLOAT32_PIVOT
+            if minor != 0 or (is_weak and rescue != "none"):
+                _rescue(matrices[index : index + 1], index, minor, damping, rescue, result)
+    return result.parts()
 
 
-def _rescue(matrix: Tensor, index: int, damping: float, rescue: str, flat: tuple[Tensor, ...]) -> None:
-    """Float64, then more damping. Writes entry `index` of the outputs, or raises."""
-    diagonal, damping_used, bits, failed = flat
-    if rescue == "none" and int(failed[index]) == 0:
-        return  # weak but positive definite: forbidden to improve, not a failure
+def _rescue(matrix: Tensor, index: int, minor: int, damping: float, rescue: str, result: InverseDiagonal) -> None:
+    """Float64, then more damping. Writes matrix `index` of the batch's result, or raises."""
     dampings = [damping]
     if rescue == "damping":
         following = damping * _DAMPING_STEP or _FIRST_DAMPING_OF_NONE
         while following <= _LARGEST_DAMPING:
             dampings.append(following)
             following *= _DAMPING_STEP
-    minor = int(failed[index])
     for used in dampings if rescue != "none" else []:
         values, failed_minor, _ = _attempt(matrix, used, float64=True)
         minor = int(failed_minor[0])
         if minor == 0:
-            diagonal[index], damping_used[index], bits[index], failed[index] = values[0], used, 64, 0
+            result.diagonal.view(-1, matrix.shape[-1])[index] = values[0]
+            result.damping_used.view(-1)[index] = used
+            result.precision_bits.view(-1)[index] = 64
+            result.failed_minor.view(-1)[index] = 0
             return
-    which = f"matrix {index} of the batch" if len(failed) > 1 else "the matrix"
+    which = f"matrix {index} of the batch" if result.failed_minor.numel() > 1 else "the matrix"
     zero = not bool(matrix.diagonal(dim1=-2, dim2=-1).any())
     raise NumericalError(
         f"{which} is zero: no activation reached it"
@@ -160,10 +166,10 @@ def _rescue(matrix: Tensor, index: int, damping: float, rescue: str, flat: tuple
     )
 
 
-def _raise_not_finite(failed: Tensor, damping: float) -> None:
-    bad = (failed == -1).nonzero().flatten().tolist()
+def _raise_not_finite(minors: list[int], damping: float) -> None:
+    bad = [index for index, minor in enumerate(minors) if minor == -1]
     if bad:
-        which = f"matrices {bad} of the batch hold" if len(failed) > 1 else "the matrix holds"
+        which = f"matrices {bad} of the batch hold" if len(minors) > 1 else "the matrix holds"
         raise NumericalError(f"{which} NaN or Inf", failing_minor=-1, damping=damping)
 
 
