@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram import Gram, GramCollection
-from hpa_ext.models.linears import Linear, find_linears
+from hpa_ext.models.linear import Linear
+from hpa_ext.models.linears import find_linears
 from hpa_ext.models.structure import decoder_name, in_module, uncompiled, unwrap
 from hpa_ext.token_masks import TokenMask, check_mask, resolve
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -14,8 +11,11 @@ from hpa_ext.errors import NumericalError
 from hpa_ext.gram import Gram, GramPair
 from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.layer import LayerPlan, plan_layer
+from hpa_ext.hpa.pairs import distinct, match, weights
 from hpa_ext.hpa.report import LayerReport, ModelReport
-from hpa_ext.models.linears import Linear, experts_without_linears, find_linears
+from hpa_ext.interrupts import interrupt_held_back
+from hpa_ext.models.linear import Linear
+from hpa_ext.models.linears import experts_without_linears, find_linears
 from hpa_ext.models.structure import layer_depth, unwrap
 
 
@@ -65,15 +65,15 @@ def harmonize_model(
     for argument, grams in (("safety", safety), ("task", task)):
         if not isinstance(grams, Mapping):
             raise TypeError(f"{argument}: expected a mapping of module names to Grams, got {type(grams).__name__}")
-    new_linears, shared = _distinct(find_linears(model_new, modules))
+    new_linears, shared = distinct(find_linears(model_new, modules))
     old_linears = find_linears(model_old, modules)
-    pairs = _match(old_linears, new_linears, safety, task)
+    pairs = match(old_linears, new_linears, safety, task)
     root = unwrap(model_new)
 
     plans: dict[str, LayerPlan] = {}
     reports: dict[str, LayerReport] = {}
     for name, (old, new, gram) in _bar(pairs, "score", progress):
-        old_weight, new_weight = _weights(old, new)
+        old_weight, new_weight = weights(old, new)
         try:
             plans[name] = plan_layer(old_weight, new_weight, gram, layer_depth(root, name), config)
         except NumericalError as error:
@@ -82,9 +82,9 @@ def harmonize_model(
             raise type(error)(f"{name}: {error}") from error
         reports[name] = plans[name].report(name)
 
-    with _interrupt_held_back():
+    with interrupt_held_back():
         for name, (old, new, _) in _bar(pairs, "merge", progress):
-            old_weight, new_weight = _weights(old, new)
+            old_weight, new_weight = weights(old, new)
             plans[name].merge(old_weight, new_weight, out=new.base_weight())
             new.absorb_adapters()
     return ModelReport(
@@ -94,85 +94,6 @@ def harmonize_model(
         not_covered=experts_without_linears(model_new),
         warnings=_warnings(reports, config) + _embedding_warnings(root, pairs),
     )
-
-
-def _distinct(linears: dict[str, Linear]) -> tuple[dict[str, Linear], dict[str, str]]:
-    """The first linear of each stored weight, and for the others the name of that first one."""
-    first: dict[int, str] = {}
-    distinct: dict[str, Linear] = {}
-    shared: dict[str, str] = {}
-    for name, linear in linears.items():
-        linear.refuse_unsupported()
-        key = linear.base.weight.data_ptr()
-        if key in first:
-            if linear.has_pending_adapters() or distinct[first[key]].has_pending_adapters():
-                raise ValueError(
-                    f"{name}: shares its weight with {first[key]}, and an adapter changes only one of them; "
-                    "call merge_and_unload() with untied weights and pass the plain model"
-                )
-            shared[name] = first[key]
-        else:
-            first[key] = name
-            distinct[name] = linear
-    return distinct, shared
-
-
-def _match(
-    old: dict[str, Linear],
-    new: dict[str, Linear],
-    safety: Mapping[str, Gram | Tensor],
-    task: Mapping[str, Gram | Tensor],
-) -> dict[str, tuple[Linear, Linear, GramPair]]:
-    """Old and new linear and Grams for each name; raises before any work if something is missing."""
-    pairs = {}
-    for name, linear in new.items():
-        if name not in old:
-            raise ValueError(f"{name}: is in model_new but not in model_old")
-        if linear.original is not None and old[name].module is linear.module:
-            old[name] = Linear(name, linear.original)  # the base of an adapted model holds the trained copy too
-        old[name].refuse_unsupported()
-        if old[name].base_weight().data_ptr() == linear.base_weight().data_ptr() and not linear.has_pending_adapters():
-            if any(other.has_pending_adapters() or other.original is not None for other in new.values()):
-                continue  # the base of an adapted model, in a layer that the adapter leaves alone: nothing changed
-            raise ValueError(
-                f"{name}: model_old and model_new share this weight, so the one before tuning is lost; "
-                "keep a copy of the model, or pass a PeftModel whose adapter is not merged"
-            )
-        for argument, grams in (("safety", safety), ("task", task)):
-            if name not in grams:
-                some = f"; it has {len(grams)} names, such as {next(iter(grams))}" if grams else "; it is empty"
-                raise ValueError(f"{name}: no Gram in {argument}{some}")
-            if isinstance(grams[name], Gram) and grams[name].token_count == 0:
-                raise ValueError(
-                    f"{name}: its Gram in {argument} has counted no tokens: no batch reached this module; "
-                    "leave it out with modules="
-                )
-        pairs[name] = (old[name], linear, GramPair(safety[name], task[name]))
-    return pairs
-
-
-def _weights(old: Linear, new: Linear) -> tuple[Tensor, Tensor]:
-    """Old and new weight ``[out, in]`` on the new one's device."""
-    new_weight = new.weight()
-    # With the base of the tuned PeftModel itself as the old model, the wrapper's own update must not count as old.
-    old_weight = old.base_weight() if old.module is new.module else old.weight()
-    return old_weight.to(new_weight.device), new_weight
-
-
-@contextmanager
-def _interrupt_held_back() -> Iterator[None]:
-    """Within the context Ctrl-C waits; a model with some layers merged and others not is of no use to anybody."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
-        return
-    received: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if received:
-        raise KeyboardInterrupt
 
 
 def _embedding_warnings(model: nn.Module, pairs: Mapping[str, tuple[Linear, Linear, GramPair]]) -> list[str]:

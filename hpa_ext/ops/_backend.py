@@ -70,14 +70,6 @@ def use_torch_threads() -> None:
     _C.cpu.set_thread_count(torch.get_num_threads())
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager:
-    """Within the context, autocast does not lower the precision of torch's operations on the tensor's device."""
-    kind = tensor.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
-
-
 def mark_written(tensor: Tensor) -> None:
     """Tell autograd that a kernel wrote to the tensor, so that a graph that still needs the old values refuses."""
     if not tensor.is_inference():

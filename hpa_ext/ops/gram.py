@@ -17,11 +17,11 @@ from hpa_ext.ops._backend import (
     stream_of,
     unit_stride,
     use_torch_threads,
-    without_autocast,
     workspace,
 )
 from hpa_ext.ops._checks import WEIGHT_DTYPES, check_same, check_shape, check_tensor
 from hpa_ext.ops._library import register
+from hpa_ext.precision import without_autocast
 
 
 def gram_accumulate_(gram: Tensor, x: Tensor, token_mask: Tensor | None = None) -> Tensor:

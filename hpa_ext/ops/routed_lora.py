@@ -14,11 +14,11 @@ from hpa_ext.ops._backend import (
     on_cuda,
     stream_of,
     use_torch_threads,
-    without_autocast,
     workspace,
 )
 from hpa_ext.ops._checks import WEIGHT_DTYPES, check_same, check_shape, check_tensor
 from hpa_ext.ops._library import LIBRARY, register
+from hpa_ext.precision import without_autocast
 
 
 def routed_lora(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: Tensor) -> Tensor:
