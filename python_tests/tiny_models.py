@@ -103,3 +103,26 @@ def logits(model, batch):
     """Logits of a batch without its labels."""
     with torch.no_grad():
         return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+
+def setting(make):
+    """A model before and after tuning, and the Grams of both."""
+    from hpa_ext import calibrate
+
+    old = make()
+    new = tuned(old)
+    return (
+        old,
+        new,
+        calibrate(old, batches(old, seed=5), progress=False),
+        calibrate(new, batches(new, seed=6), progress=False),
+    )
+
+
+def snapshot(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    for name, value in model.state_dict().items():
+        assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(before[name])), name

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram import Gram, GramPair
 from hpa_ext.hpa.config import HPAConfig
-from hpa_ext.hpa.layer import LayerPlan, plan_layer
 from hpa_ext.hpa.pairs import distinct, match, weights
+from hpa_ext.hpa.plan import LayerPlan, plan_layer
 from hpa_ext.hpa.report import LayerReport, ModelReport
 from hpa_ext.interrupts import interrupt_held_back
 from hpa_ext.models.linear import Linear
