@@ -14,6 +14,15 @@ from hpa_ext.ops.inverse_diagonal import check_symmetric
 NORMALIZATIONS = ("mean", "sum")
 
 
+def normalization_factor(normalization: str, token_count: int) -> float:
+    """What ``sum x^T x`` is multiplied with to give ``H``: 2/n for "mean", 2 for "sum"; ValueError without tokens."""
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
+    if token_count == 0:
+        raise ValueError("the Gram has counted no tokens: update it with activations first")
+    return 2.0 / token_count if normalization == "mean" else 2.0
+
+
 class Gram:
     """A float32 accumulator of ``sum x^T x`` over the tokens that count, and its count of tokens.
 
@@ -185,13 +194,9 @@ class Gram:
         return gram
 
     def _factor(self, normalization: str) -> float:
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
-        tokens = self.token_count
-        if tokens == 0:
-            raise ValueError("the Gram has counted no tokens: update it with activations first")
+        factor = normalization_factor(normalization, self.token_count)
         self.check_finite()
-        return 2.0 / tokens if normalization == "mean" else 2.0
+        return factor
 
     def __repr__(self) -> str:
         return f"Gram(in_features={self.in_features}, device={str(self.device)!r}, token_count={self.token_count})"
@@ -235,8 +240,8 @@ class GramCollection(dict[str, Gram]):
 class GramPair(NamedTuple):
     """The two Grams of a layer: of the safety set through the old model, of the task set through the new one.
 
-    Each is a `Gram`, or a matrix H ``[in, in]`` (float32 or float64), taken as it is.
+    Each is a `Gram`, a `GramDiagonal`, or a matrix H ``[in, in]`` (float32 or float64), taken as it is.
     """
 
-    safety: Gram | Tensor
-    task: Gram | Tensor
+    safety: Any
+    task: Any

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hpa_ext import ops
-from hpa_ext.gram import Gram, GramPair
+from hpa_ext.gram import GramPair
+from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.plan import plan_layer
 from hpa_ext.hpa.report import LayerReport
@@ -16,7 +17,7 @@ from hpa_ext.ops._checks import describe
 def harmonize(
     layer_old: Tensor | nn.Module,
     layer_new: Tensor | nn.Module,
-    gram: GramPair | tuple[Gram | Tensor, Gram | Tensor],
+    gram: GramPair | tuple[AnyGram, AnyGram],
     depth: float = 0.5,
     config: HPAConfig | None = None,
     *,
@@ -54,7 +55,7 @@ def harmonize(
 def harmonize_(
     layer_old: Tensor | nn.Module,
     layer_new: Tensor | nn.Module,
-    gram: GramPair | tuple[Gram | Tensor, Gram | Tensor],
+    gram: GramPair | tuple[AnyGram, AnyGram],
     depth: float = 0.5,
     config: HPAConfig | None = None,
 ) -> LayerReport:

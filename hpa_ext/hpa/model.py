@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hpa_ext.errors import NumericalError
-from hpa_ext.gram import Gram, GramPair
+from hpa_ext.gram import GramPair
+from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.pairs import distinct, match, weights
 from hpa_ext.hpa.plan import LayerPlan, plan_layer
@@ -22,8 +23,8 @@ from hpa_ext.models.structure import layer_depth, unwrap
 def harmonize_model(
     model_old: nn.Module,
     model_new: nn.Module,
-    safety: Mapping[str, Gram | Tensor],
-    task: Mapping[str, Gram | Tensor],
+    safety: Mapping[str, AnyGram],
+    task: Mapping[str, AnyGram],
     config: HPAConfig | None = None,
     *,
     modules: str | Iterable[str] | None = None,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from hpa_ext.gram import Gram, GramPair
+from hpa_ext.gram import GramPair
+from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.models.linear import Linear
 
 
@@ -34,8 +35,8 @@ def distinct(linears: dict[str, Linear]) -> tuple[dict[str, Linear], dict[str, s
 def match(
     old: dict[str, Linear],
     new: dict[str, Linear],
-    safety: Mapping[str, Gram | Tensor],
-    task: Mapping[str, Gram | Tensor],
+    safety: Mapping[str, AnyGram],
+    task: Mapping[str, AnyGram],
 ) -> dict[str, tuple[Linear, Linear, GramPair]]:
     """Old and new linear and Grams for each name; raises before any work if something is missing."""
     pairs = {}
@@ -56,7 +57,7 @@ def match(
             if name not in grams:
                 some = f"; it has {len(grams)} names, such as {next(iter(grams))}" if grams else "; it is empty"
                 raise ValueError(f"{name}: no Gram in {argument}{some}")
-            if isinstance(grams[name], Gram) and grams[name].token_count == 0:
+            if not isinstance(grams[name], Tensor) and grams[name].token_count == 0:
                 raise ValueError(
                     f"{name}: its Gram in {argument} has counted no tokens: no batch reached this module; "
                     "leave it out with modules="

@@ -11,10 +11,12 @@ from torch import Tensor
 from hpa_ext import ops
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram import Gram, GramPair
+from hpa_ext.gram_diagonal import AnyGram, GramDiagonal
 from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.report import LayerReport
 from hpa_ext.hpa.scores import column_importance
 from hpa_ext.hpa.selection import Selection, balance, select
+from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
 from hpa_ext.ops._checks import describe
 
 
@@ -62,23 +64,35 @@ class LayerPlan:
 def plan_layer(
     old: Tensor,
     new: Tensor,
-    gram: GramPair | tuple[Gram | Tensor, Gram | Tensor],
+    gram: GramPair | tuple[AnyGram, AnyGram],
     depth: float,
     config: HPAConfig,
     *,
     check: bool = True,
 ) -> LayerPlan:
     """Score and select for weights ``[out, in]``; with ``check`` False without reading anything on the host."""
+    return plan_update(DenseUpdate(old, new), gram, depth, config, check=check)
+
+
+def plan_update(
+    update: WeightUpdate,
+    gram: GramPair | tuple[AnyGram, AnyGram],
+    depth: float,
+    config: HPAConfig,
+    *,
+    check: bool = True,
+) -> LayerPlan:
+    """As `plan_layer`, for an update in any form."""
     config.retain_percent(depth)  # raises for a depth out of range, before any work
     safety, task = _pair(gram)
-    _check_gram("gram.safety", safety, old)
-    _check_gram("gram.task", task, old)
-    squared_update, inner_product, old_squared_norm = ops.column_scores(old, new)
-    if check:
-        _check_finite(old, new, squared_update, inner_product, old_squared_norm)
+    _check_gram("gram.safety", safety, update)
+    _check_gram("gram.task", task, update)
+    squared_update, inner_product, old_squared_norm = update.column_sums()
+    if check and not all(bool(torch.isfinite(v).all()) for v in (squared_update, inner_product, old_squared_norm)):
+        update.raise_not_finite()  # the sums show it, so that no further pass over the weights is needed
     inverses = (_inverse("gram.safety", safety, config, check), _inverse("gram.task", task, config, check))
     diagonals = [inverse.diagonal.to(squared_update.dtype) for inverse in inverses]
-    scores, log_ratio, valid = column_importance(old, new, squared_update, diagonals[0], diagonals[1], config)
+    scores, log_ratio, valid = column_importance(update, squared_update, diagonals[0], diagonals[1], config)
     if check:
         _check_scores(diagonals, scores)
     selection = select(scores[0], scores[1], balance(log_ratio, valid, config), depth, config)
@@ -89,7 +103,7 @@ def plan_layer(
     if not check:
         # A Gram that failed has NaN here; it must show in the result rather than choose columns at random.
         coefficient = coefficient + 0 * (diagonals[0].sum() + diagonals[1].sum())
-    backend = {name: ops.backend_of(name, old) for name in ("column_scores", "project_merge")}
+    backend = update.backend()
     backend["column_mask"] = ops.backend_of("column_mask", scores[0])
     backend["inverse_diagonal"] = ops.backend_of("inverse_diagonal", inverses[0].diagonal)
     if config.granularity == "output":
@@ -107,28 +121,28 @@ def plan_layer(
     )
 
 
-def _pair(gram: Any) -> tuple[Gram | Tensor, Gram | Tensor]:
+def _pair(gram: Any) -> tuple[AnyGram, AnyGram]:
     if not isinstance(gram, tuple) or len(gram) != 2:
         raise TypeError(f"gram: expected a GramPair or a tuple (safety, task), got {type(gram).__name__}")
     return gram
 
 
-def _check_gram(name: str, gram: Any, weight: Tensor) -> None:
-    if not isinstance(gram, (Gram, Tensor)):
+def _check_gram(name: str, gram: Any, update: WeightUpdate) -> None:
+    if not isinstance(gram, (Gram, GramDiagonal, Tensor)):
         raise TypeError(f"{name}: expected a Gram or a matrix [in, in], got {describe(gram)}")
-    shape = (gram.in_features, gram.in_features) if isinstance(gram, Gram) else tuple(gram.shape)
-    if weight.dim() == 2 and shape != (weight.shape[1], weight.shape[1]):
+    width = tuple(gram.shape) if isinstance(gram, Tensor) else (gram.in_features, gram.in_features)
+    if len(update.shape) == 2 and width != (update.shape[1], update.shape[1]):
         raise ValueError(
-            f"{name}: expected [{weight.shape[1]}, {weight.shape[1]}] for a weight {list(weight.shape)}, "
-            f"got {list(shape)}"
+            f"{name}: expected [{update.shape[1]}, {update.shape[1]}] for a weight {list(update.shape)}, "
+            f"got {list(width)}"
         )
-    if gram.device != weight.device:
-        raise ValueError(f"{name}: expected device {weight.device} like the weights, got {gram.device}")
+    if gram.device != update.device:
+        raise ValueError(f"{name}: expected device {update.device} like the weights, got {gram.device}")
 
 
-def _inverse(name: str, gram: Gram | Tensor, config: HPAConfig, check: bool) -> ops.InverseDiagonal:
+def _inverse(name: str, gram: AnyGram, config: HPAConfig, check: bool) -> ops.InverseDiagonal:
     try:
-        if isinstance(gram, Gram):
+        if not isinstance(gram, Tensor):
             return gram.inverse_diagonal_report(
                 config.damping, normalization=config.normalization, rescue=config.rescue
             )
@@ -141,8 +155,8 @@ def _inverse(name: str, gram: Gram | Tensor, config: HPAConfig, check: bool) -> 
         raise ValueError(f"{name}: {error}") from error
 
 
-def _dead_columns(gram: Gram | Tensor) -> Tensor:
-    return gram.dead_columns() if isinstance(gram, Gram) else gram.diagonal() == 0
+def _dead_columns(gram: AnyGram) -> Tensor:
+    return gram.diagonal() == 0 if isinstance(gram, Tensor) else gram.dead_columns()
 
 
 def _check_scores(diagonals: list[Tensor], scores: tuple[Tensor, Tensor]) -> None:
@@ -152,14 +166,3 @@ def _check_scores(diagonals: list[Tensor], scores: tuple[Tensor, Tensor]) -> Non
             raise NumericalError(f"{name}: too small, its inverse overflows {diagonal.dtype}; scale the activations")
         if not bool(torch.isfinite(score).all()):
             raise NumericalError(f"{name}: too large for these weights, the scores overflow {score.dtype}")
-
-
-def _check_finite(old: Tensor, new: Tensor, *sums: Tensor) -> None:
-    """Raise if a weight is not finite; the sums over the weights show it, so that no further pass is needed."""
-    if all(bool(torch.isfinite(value).all()) for value in sums):
-        return
-    for name, weight in (("layer_old", old), ("layer_new", new)):
-        bad = int((~torch.isfinite(weight)).sum())
-        if bad:
-            raise NumericalError(f"{name}: the weight {list(weight.shape)} holds {bad} NaN or Inf")
-    raise NumericalError("the weights are too large: their squares overflow float32")
