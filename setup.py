@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -48,11 +48,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[
-        "hpa_ext",
-        "hpa_ext.benchmarks",
-        *(f"hpa_ext.{name}" for name in ("cli", "data", "evaluation", "hpa", "models", "ops", "reporting", "training")),
-    ],
+    packages=[*find_packages(include=["hpa_ext", "hpa_ext.*"]), "hpa_ext.benchmarks"],
     package_dir={"hpa_ext.benchmarks": "benchmarks"},
     package_data={"hpa_ext": ["VERSION", "py.typed"], "hpa_ext.models": ["embedded_checkpoint/*"]},
     ext_modules=[Extension("hpa_ext._C", sources=[])],

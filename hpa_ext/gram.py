@@ -9,6 +9,8 @@ from torch import Tensor
 
 from hpa_ext import ops
 from hpa_ext.errors import NumericalError
+from hpa_ext.gram_exchange import check_alike, exchange_triangle, initialised
+from hpa_ext.models.sharding import local_tokens
 from hpa_ext.ops.inverse_diagonal import check_symmetric
 
 NORMALIZATIONS = ("mean", "sum")
@@ -67,11 +69,17 @@ class Gram:
         Returns:
             The Gram itself.
 
+        Of a DTensor this process's tokens are added: those of its part where x is sharded over tokens or samples (the
+        whole is then `all_reduce_` over the groups of these mesh dimensions), all of them where x is replicated (do not
+        reduce over those). A mask for it is a DTensor with the same placements, or that of this process's tokens.
+
         Raises:
-            TypeError, ValueError: x or the mask has a wrong type, shape, dtype or device. The Gram is then unchanged.
+            TypeError, ValueError: x or the mask has a wrong type, shape, dtype or device, or x is a DTensor that is
+                sharded over features or partial. The Gram is then unchanged.
             NumericalError: on the CPU, a token that counts holds NaN or Inf, or overflows float32. The Gram is then
                 spoilt, and says so whenever it is asked. On a device this is found when the Gram is first used.
         """
+        x, token_mask = local_tokens(x, token_mask)
         ops.gram_accumulate_(self._sum, x, token_mask)
         self._inverse.clear()
         if token_mask is None:
@@ -150,17 +158,30 @@ class Gram:
         return self
 
     def all_reduce_(self, group: Any = None) -> Gram:
-        """Add the Grams of all processes of a torch.distributed group; every process then holds the total."""
-        import torch.distributed as dist
+        """Add the Grams of all processes of a torch.distributed group; every process then holds the total.
 
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError("all_reduce_: torch.distributed is not initialised; call init_process_group first")
+        One triangle travels, some rows at a time. Every process must call this; a Gram that is not finite on one of
+        them is then so, and says so, on all.
+        """
+        dist = initialised("all_reduce_")
         count = torch.tensor(self.token_count, dtype=torch.int64, device=self.device)
-        dist.all_reduce(self._sum, group=group)
         dist.all_reduce(count, group=group)
+        exchange_triangle(self._sum, lambda strip: dist.all_reduce(strip, group=group))
         self._host_tokens = int(count)
         self._inverse.clear()
         return self
+
+    def reduce_(self, owner: int, token_count: int, group: Any = None) -> None:
+        """Add the Grams of all processes of a group on the one with the global rank `owner`; others keep their own.
+
+        `token_count` is that of all together.
+        """
+        dist = initialised("reduce_")
+        is_owner = dist.get_rank() == owner
+        exchange_triangle(self._sum, lambda strip: dist.reduce(strip, dst=owner, group=group), keep=is_owner)
+        if is_owner:
+            self._host_tokens, self._device_tokens = token_count, None
+            self._inverse.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
         """``{"sum": [in, in] float32, "token_count": [] int64}``; the sum is not a copy."""
@@ -191,6 +212,14 @@ class Gram:
                 check_symmetric(gram._sum[None])
             except ValueError as error:
                 raise ValueError(f"state['sum']: {error}") from error
+        return gram
+
+    @classmethod
+    def of_sum(cls, total: Tensor, token_count: int) -> Gram:
+        """The Gram of a sum ``[in, in]`` float32, taken over without a copy and without a look at its values."""
+        gram = cls(1, device=total.device)
+        gram._sum = total
+        gram._host_tokens = token_count
         return gram
 
     def _factor(self, normalization: str) -> float:
@@ -231,7 +260,14 @@ class GramCollection(dict[str, Gram]):
         return self
 
     def all_reduce_(self, group: Any = None) -> GramCollection:
-        """Add the Grams of all processes of a torch.distributed group, each Gram once."""
+        """Add the Grams of all processes of a torch.distributed group, each Gram once.
+
+        Raises:
+            ValueError: on every process, if one has other modules, or modules that share inputs otherwise, than the
+                first; nothing is then added.
+        """
+        initialised("all_reduce_")
+        check_alike(self, group)
         for gram in self.distinct().values():
             gram.all_reduce_(group)
         return self

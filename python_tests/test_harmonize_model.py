@@ -240,10 +240,10 @@ def test_interrupt_while_scoring_changes_nothing(monkeypatch):
         scored.append(args)
         if len(scored) == 5:
             raise KeyboardInterrupt
-        return module_plan(*args, **kwargs)
+        return module_measure(*args, **kwargs)
 
-    module_plan = module.plan_layer
-    monkeypatch.setattr(module, "plan_layer", interrupted)
+    module_measure = module.measure
+    monkeypatch.setattr(module, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         harmonize_model(old, new, safety, task, progress=False)
     tiny_models.assert_unchanged(new, before)
@@ -289,6 +289,6 @@ def test_report_becomes_json():
 
 def test_models_that_do_not_differ_are_remarked_on():
     old, new, safety, task = tiny_models.setting(tiny_models.llama)
-    text = "no weight differs between model_old and model_new"
+    text = "no weight differs between the old and the new model"
     assert text in str(harmonize_model(old, copy.deepcopy(old), safety, task, progress=False))
     assert text not in str(harmonize_model(old, new, safety, task, progress=False))

@@ -20,12 +20,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo-output"), help="directory to write (default: %(default)s)"
     )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="instead, write the tiny model, a LoRA adapter tuned on its task, and data in LLaVA format into DIR: all "
+        "that it takes to try safety-set, calibrate and harmonize (first seed of --seeds)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run every seed, then print one table and where everything lies."""
     seeds = _seeds(args.seeds)
+    if args.export is not None:
+        return _export(args.export, seeds[0])
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out: expected a directory, got the file {args.out}")
     # Imported late: transformers takes seconds, and `hpa-ext --help` should not.
@@ -53,6 +62,18 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"  {result.directory / 'retained-columns.png'}  which columns were retained; report.json has the numbers"
         )
+    return 0
+
+
+def _export(directory: Path, seed: int) -> int:
+    from transformers.utils import logging
+
+    from hpa_ext.export_demo import export_demo
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    export_demo(directory, seed, say=lambda text: print(text, flush=True))
     return 0
 
 

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from hpa_ext import __version__
-from hpa_ext.cli import bench, demo, info
+from hpa_ext.cli import bench, calibrate, demo, harmonize, info, merge, safety_set, verify
 from hpa_ext.errors import NumericalError
 
-_COMMANDS = (demo, bench, info)
+_COMMANDS = (demo, safety_set, calibrate, harmonize, merge, verify, bench, info)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return int(args.run(args) or 0)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\n{error or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # whoever read the output has gone; there is nobody to tell

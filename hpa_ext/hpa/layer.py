@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hpa_ext import ops
+from hpa_ext.agreement import Agreement
 from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.plan import plan_layer
 from hpa_ext.hpa.report import LayerReport
+from hpa_ext.hpa.sharded import merge_weights
+from hpa_ext.models.sharding import local
 from hpa_ext.models.structure import is_conv1d
 from hpa_ext.ops._checks import describe
 
@@ -42,12 +44,18 @@ def harmonize(
 
     On a CUDA device nothing synchronises with the host unless a report is asked for or a `Gram` is used for the first
     time; what would have raised NumericalError then shows as NaN in the result. Source: HPA (CVPR 2026), Algorithm 1.
+
+    Weights may be DTensors as FSDP2's ``fully_shard`` makes them (Shard(0), Shard(1), Replicate, on any mesh), both
+    with the same mesh and placements, which the result has too; every process of the mesh must then call this, with
+    Grams of all samples (``gram.all_reduce_()``). No weight is gathered, all processes retain the same columns, and
+    what raises on one raises on all. A layer whose weight FSDP2 holds gathered (its root after a forward) needs
+    ``reshard()`` first.
     """
     config = _settings(config)
     old, new = _weight("layer_old", layer_old), _weight("layer_new", layer_new)
     check = return_report or old.device.type != "cuda"
     plan = plan_layer(old, new, gram, depth, config, check=check)
-    merged = ops.project_merge(old, new, plan.selection.retained, plan.coefficient, axis=config.granularity)
+    merged = merge_weights(old, new, plan.selection.retained, plan.coefficient, axis=config.granularity)
     merged = merged.mT.contiguous() if is_conv1d(layer_new) else merged
     return (merged, plan.report()) if return_report else merged
 
@@ -62,8 +70,10 @@ def harmonize_(
     """As `harmonize`, written into layer_new; returns the report. If anything raises, layer_new is unchanged."""
     config = _settings(config)
     old, new = _weight("layer_old", layer_old), _weight("layer_new", layer_new)
-    if old.data_ptr() == new.data_ptr() and old.numel() > 0:
-        raise ValueError("layer_new: is the same memory as layer_old, so the weight before tuning is lost")
+    with Agreement.of_tensor(new).together():
+        old_part, new_part = local(old), local(new)
+        if old_part.data_ptr() == new_part.data_ptr() and old_part.numel() > 0:
+            raise ValueError("layer_new: is the same memory as layer_old, so the weight before tuning is lost")
     plan = plan_layer(old, new, gram, depth, config)
     report = plan.report()
     plan.merge(old, new, out=new)

@@ -16,7 +16,7 @@ from hpa_ext.hpa.selection import Selection
 from hpa_ext.ops._checks import describe
 
 # Small enough for the rows in float32 to stay in a core's cache, large enough to feed a matrix product.
-_ROWS_AT_A_TIME = 256
+_ROWS_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,21 @@ class LowRankUpdate:
         """Which backend serves the sums and the merge."""
         return {"column_scores": "torch", "project_merge": "torch"}
 
-    def merge(self, selection: Selection, coefficient: Tensor, granularity: str = "input") -> Tensor:
+    def merge(
+        self, selection: Selection, coefficient: Tensor, granularity: str = "input", out: Tensor | None = None
+    ) -> Tensor:
         """The harmonized weight ``[out, in]`` in the dtype of `old`, rounded once; retained elements bit-identical.
 
         Args:
             selection: its mask `retained` is ``[in]``, or ``[out]`` with output granularity.
             coefficient: scalar c of the orthogonal adjustment.
             granularity: "input" or "output", the dimension of the mask.
+            out: where to write, like `old` in shape and dtype; may be `old` itself. None: a new tensor.
         """
         gain = gain_of(selection.retained, coefficient, self.dtype)
         retained = selection.retained if granularity == "input" else selection.retained[:, None]
         a, b = self.a.to(self.dtype), self.b.to(self.dtype) * self.scaling
-        merged = torch.empty_like(self.old, memory_format=torch.contiguous_format)
+        merged = torch.empty_like(self.old, memory_format=torch.contiguous_format) if out is None else out
         for rows in self._row_blocks():
             factor = gain if granularity == "input" else gain[rows, None]
             keep = retained if granularity == "input" else retained[rows]

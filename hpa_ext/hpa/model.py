@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hpa_ext.agreement import Agreement
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa.config import HPAConfig
-from hpa_ext.hpa.pairs import distinct, match, weights
-from hpa_ext.hpa.plan import LayerPlan, plan_layer
-from hpa_ext.hpa.report import LayerReport, ModelReport
+from hpa_ext.hpa.decisions import grams_agree, plans_of_first
+from hpa_ext.hpa.layer_grams import LayerGrams, read_grams
+from hpa_ext.hpa.pairs import Pair, check_counted, distinct, match, weights
+from hpa_ext.hpa.plan import LayerPlan, UpdateSums, measure, plan_measured
+from hpa_ext.hpa.report import ModelReport, report_warnings
+from hpa_ext.hpa.sharded import update_of
 from hpa_ext.interrupts import interrupt_held_back
-from hpa_ext.models.linear import Linear
 from hpa_ext.models.linears import experts_without_linears, find_linears
+from hpa_ext.models.remembered import RememberedWeights
+from hpa_ext.models.sharding import is_sharded, local, refuse_other_sharding, reshard
 from hpa_ext.models.structure import layer_depth, unwrap
 
 
 def harmonize_model(
-    model_old: nn.Module,
+    model_old: nn.Module | RememberedWeights,
     model_new: nn.Module,
     safety: Mapping[str, AnyGram],
     task: Mapping[str, AnyGram],
@@ -34,7 +40,8 @@ def harmonize_model(
 
     Args:
         model_old: the model before the tuning step: a transformers model (LLaVA or any causal LM), or any module with
-            the same linears. May be on another device; its weights are then moved one at a time.
+            the same linears. May be on another device; its weights are then moved one at a time. Or
+            `RememberedWeights`, copies of the weights that `model_new` had before the step.
         model_new: the model after it. A PeftModel with LoRA needs no merging first: its update counts, the harmonized
             weight is written into the base layer, and the adapter's B becomes zero, so that the PeftModel acts as the
             harmonized model (``merge_and_unload()`` gives the plain one) and can be tuned further. `model_old` may then
@@ -56,35 +63,63 @@ def harmonize_model(
     Every layer is scored before the first weight is written: if anything raises, `model_new` is unchanged, and Ctrl-C
     takes effect before the first weight or after the last. Weights that several modules share are handled once, under
     the first name.
+
+    A model under FSDP2 (``fully_shard``, HSDP too) is harmonized by all of its processes together; each must call this
+    with Grams of all samples (``grams.all_reduce_()``), and gets the same report. No weight is gathered: each process
+    scores and writes its own part, and a layer takes one all-reduce of a vector and two scalars (two with output
+    granularity; the factors of a LoRA are gathered). `model_old` is then sharded in the same way, or the whole model on
+    every process. Whatever raises on one process raises on all.
     """
     config = HPAConfig() if config is None else config
     if not isinstance(config, HPAConfig):
         raise TypeError(f"config: expected an HPAConfig, got {type(config).__name__}")
     for argument, model in (("model_old", model_old), ("model_new", model_new)):
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) and not (argument == "model_old" and isinstance(model, RememberedWeights)):
             raise TypeError(f"{argument}: expected an nn.Module, got {type(model).__name__}")
     for argument, grams in (("safety", safety), ("task", task)):
         if not isinstance(grams, Mapping):
             raise TypeError(f"{argument}: expected a mapping of module names to Grams, got {type(grams).__name__}")
-    new_linears, shared = distinct(find_linears(model_new, modules))
-    old_linears = find_linears(model_old, modules)
-    pairs = match(old_linears, new_linears, safety, task)
+    refuse_other_sharding("model_new", model_new)
+    models = [model_new]
+    if isinstance(model_old, nn.Module):
+        refuse_other_sharding("model_old", model_old)
+        models.append(model_old)
+    for model in models:
+        reshard(model)
+    processes = Agreement.of_model(*models)
     root = unwrap(model_new)
 
+    # Sharded models: what one process finds wrong must end all, so work that may fail stands apart from exchanges.
+    grams: dict[str, LayerGrams] = {}
+    with processes.together():
+        new_linears, shared = distinct(find_linears(model_new, modules))
+        old_linears = (
+            model_old.linears if isinstance(model_old, RememberedWeights) else find_linears(model_old, modules)
+        )
+        pairs = match(old_linears, new_linears, safety, task)
+        for name, (_, new) in _bar(pairs, "Grams", progress):
+            with _naming(name):
+                base, pair = new.base_weight(), GramPair(safety[name], task[name])
+                check_counted(name, "safety", pair.safety)
+                check_counted(name, "task", pair.task)
+                grams[name] = read_grams(pair, tuple(base.shape), local(base).device, config)
+    grams_agree(processes, grams, config)
+
+    updates: dict[str, UpdateSums] = {}
+    for name, (old, new) in _bar(pairs, "score", progress):
+        with _naming(name):
+            updates[name] = measure(update_of(*weights(old, new)), grams[name], config)
+
     plans: dict[str, LayerPlan] = {}
-    reports: dict[str, LayerReport] = {}
-    for name, (old, new, gram) in _bar(pairs, "score", progress):
-        old_weight, new_weight = weights(old, new)
-        try:
-            plans[name] = plan_layer(old_weight, new_weight, gram, layer_depth(root, name), config)
-        except NumericalError as error:
-            raise error.in_module(name) from error
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
-        reports[name] = plans[name].report(name)
+    with processes.together():
+        for name in pairs:
+            with _naming(name):
+                plans[name] = plan_measured(updates[name], grams[name], layer_depth(root, name), config)
+    plans = plans_of_first(processes, plans)
+    reports = {name: plan.report(name) for name, plan in plans.items()}
 
     with interrupt_held_back():
-        for name, (old, new, _) in _bar(pairs, "merge", progress):
+        for name, (old, new) in _bar(pairs, "merge", progress):
             old_weight, new_weight = weights(old, new)
             plans[name].merge(old_weight, new_weight, out=new.base_weight())
             new.absorb_adapters()
@@ -93,37 +128,31 @@ def harmonize_model(
         config=config,
         shared=shared,
         not_covered=experts_without_linears(model_new),
-        warnings=_warnings(reports, config) + _embedding_warnings(root, pairs),
+        warnings=report_warnings(reports, config) + _embedding_warnings(root, pairs),
     )
 
 
-def _embedding_warnings(model: nn.Module, pairs: Mapping[str, tuple[Linear, Linear, GramPair]]) -> list[str]:
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Within the context errors are told with the module's name."""
+    try:
+        yield
+    except NumericalError as error:
+        raise error.in_module(name) from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+
+
+def _embedding_warnings(model: nn.Module, pairs: Mapping[str, Pair]) -> list[str]:
     """A line for each harmonized weight that is the input embedding as well."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
     if not isinstance(weight, Tensor):
         return []
-    tied = [name for name, (_, new, _) in pairs.items() if new.base_weight().data_ptr() == weight.data_ptr()]
+    key = id(weight) if is_sharded(weight) else weight.data_ptr()
+    tied = [name for name, (_, new) in pairs.items() if new.storage_key == key]
     return [f"{name} shares its weight with the input embedding, which has changed with it" for name in tied]
 
 
 def _bar(pairs: dict, label: str, progress: bool) -> Iterable:
     return tqdm(pairs.items(), desc=label, unit="layer", leave=False, disable=None if progress else True)
-
-
-def _warnings(reports: dict[str, LayerReport], config: HPAConfig) -> list[str]:
-    """One line for each kind of rescue that a Gram needed, and one if there was nothing to harmonize."""
-    lines = []
-    for kind in ("safety", "task"):
-        events = {
-            "needed more damping": [n for n, report in reports.items() if report.damping_used[kind] > config.damping],
-            "was factored in float64": [n for n, report in reports.items() if report.precision_bits[kind] == 64],
-        }
-        lines += [
-            f"{kind} Gram {event} in {len(names)} {'layer' if len(names) == 1 else 'layers'}, such as {names[0]}"
-            for event, names in events.items()
-            if names
-        ]
-    if all(report.update_norm == 0 for report in reports.values()):
-        lines.append("no weight differs between model_old and model_new, so nothing was harmonized")
-    return lines

@@ -1,4 +1,4 @@
-"""Which old and new layer and Grams belong together; everything that can be refused before work starts is, here."""
+"""Which old and new layer belong together; everything that can be refused before work starts is, here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.models.linear import Linear
+from hpa_ext.models.remembered import RememberedLinear
+from hpa_ext.models.sharding import check_alike, divided_like, is_sharded
+
+Pair = tuple[Linear | RememberedLinear, Linear]
 
 
 def distinct(linears: dict[str, Linear]) -> tuple[dict[str, Linear], dict[str, str]]:
@@ -18,7 +21,7 @@ def distinct(linears: dict[str, Linear]) -> tuple[dict[str, Linear], dict[str, s
     shared: dict[str, str] = {}
     for name, linear in linears.items():
         linear.refuse_unsupported()
-        key = linear.base.weight.data_ptr()
+        key = linear.storage_key
         if key in first:
             if linear.has_pending_adapters() or chosen[first[key]].has_pending_adapters():
                 raise ValueError(
@@ -33,42 +36,69 @@ def distinct(linears: dict[str, Linear]) -> tuple[dict[str, Linear], dict[str, s
 
 
 def match(
-    old: dict[str, Linear],
+    old: Mapping[str, Linear | RememberedLinear],
     new: dict[str, Linear],
     safety: Mapping[str, AnyGram],
     task: Mapping[str, AnyGram],
-) -> dict[str, tuple[Linear, Linear, GramPair]]:
-    """Old and new linear and Grams for each name; raises before any work if something is missing."""
-    pairs = {}
+) -> dict[str, Pair]:
+    """Old and new linear for each name; raises before any work if something is missing or does not fit."""
+    pairs: dict[str, Pair] = {}
     for name, linear in new.items():
         if name not in old:
             raise ValueError(f"{name}: is in model_new but not in model_old")
-        if linear.original is not None and old[name].module is linear.module:
-            old[name] = Linear(name, linear.original)  # the base of an adapted model holds the trained copy too
-        old[name].refuse_unsupported()
-        if old[name].base_weight().data_ptr() == linear.base_weight().data_ptr() and not linear.has_pending_adapters():
-            if any(other.has_pending_adapters() or other.original is not None for other in new.values()):
-                continue  # the base of an adapted model, in a layer that the adapter leaves alone: nothing changed
-            raise ValueError(
-                f"{name}: model_old and model_new share this weight, so the one before tuning is lost; "
-                "keep a copy of the model, or pass a PeftModel whose adapter is not merged"
-            )
+        before = old[name]
+        if isinstance(before, Linear):
+            if linear.original is not None and before.module is linear.module:
+                before = Linear(name, linear.original)  # the base of an adapted model holds the trained copy too
+            before.refuse_unsupported()
+            if before.storage_key == linear.storage_key and not linear.has_pending_adapters():
+                if any(other.has_pending_adapters() or other.original is not None for other in new.values()):
+                    continue  # the base of an adapted model, in a layer that the adapter leaves alone: nothing changed
+                raise ValueError(
+                    f"{name}: model_old and model_new share this weight, so the one before tuning is lost; "
+                    "keep a copy of the model, or pass a PeftModel whose adapter is not merged"
+                )
         for argument, grams in (("safety", safety), ("task", task)):
             if name not in grams:
                 some = f"; it has {len(grams)} names, such as {next(iter(grams))}" if grams else "; it is empty"
                 raise ValueError(f"{name}: no Gram in {argument}{some}")
-            if not isinstance(grams[name], Tensor) and grams[name].token_count == 0:
-                raise ValueError(
-                    f"{name}: its Gram in {argument} has counted no tokens: no batch reached this module; "
-                    "leave it out with modules="
-                )
-        pairs[name] = (old[name], linear, GramPair(safety[name], task[name]))
+            if isinstance(grams, dict):  # one that reads its Grams from a file is asked for them one at a time, later
+                check_counted(name, argument, grams[name])
+        _check_weights(name, before, linear)
+        pairs[name] = (before, linear)
     return pairs
 
 
-def weights(old: Linear, new: Linear) -> tuple[Tensor, Tensor]:
-    """Old and new weight ``[out, in]`` on the new one's device."""
+def check_counted(name: str, argument: str, gram: AnyGram) -> None:
+    """Raise ValueError for a Gram that no batch has reached."""
+    if not isinstance(gram, Tensor) and getattr(gram, "token_count", None) == 0:
+        raise ValueError(
+            f"{name}: its Gram in {argument} has counted no tokens: no batch reached this module; "
+            "leave it out with modules="
+        )
+
+
+def _check_weights(name: str, old: Linear | RememberedLinear, new: Linear) -> None:
+    """The whole weights fit: shape, dtype and, of sharded ones, how they are divided."""
+    after = new.base_weight()
+    if isinstance(old, RememberedLinear):
+        shape, dtype = old.shape, old.part.dtype
+    else:
+        before = old.base_weight()
+        shape, dtype = before.shape, before.dtype
+        if is_sharded(before):  # a plain old weight is cut into parts like the new one's
+            check_alike(f"{name}: model_old", before, "model_new", after)
+    if tuple(shape) != tuple(after.shape):
+        raise ValueError(f"{name}: w_new: expected shape {list(shape)} like w_old, got {list(after.shape)}")
+    if dtype != after.dtype:
+        raise TypeError(f"{name}: w_new: expected dtype {dtype} like w_old, got {after.dtype}")
+
+
+def weights(old: Linear | RememberedLinear, new: Linear) -> tuple[Tensor, Tensor]:
+    """Old and new weight ``[out, in]`` on the new one's device and divided as that is."""
     new_weight = new.weight()
+    if isinstance(old, RememberedLinear):
+        return old.weight_like(new_weight), new_weight
     # With the base of the tuned PeftModel itself as the old model, the wrapper's own update must not count as old.
     old_weight = old.base_weight() if old.module is new.module else old.weight()
-    return old_weight.to(new_weight.device), new_weight
+    return divided_like(old_weight, new_weight), new_weight

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpa_ext import ops
+from hpa_ext.agreement import Agreement
 from hpa_ext.errors import NumericalError
-from hpa_ext.gram import Gram, GramPair
-from hpa_ext.gram_diagonal import AnyGram, GramDiagonal
+from hpa_ext.gram import GramPair
+from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa.config import HPAConfig
+from hpa_ext.hpa.decisions import grams_agree, plans_of_first
+from hpa_ext.hpa.layer_grams import LayerGrams, read_grams
 from hpa_ext.hpa.report import LayerReport
-from hpa_ext.hpa.scores import column_importance
+from hpa_ext.hpa.scores import column_importance, importance_weights
 from hpa_ext.hpa.selection import Selection, balance, select
+from hpa_ext.hpa.sharded import merge_weights, update_of
 from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
-from hpa_ext.ops._checks import describe
+from hpa_ext.models.sharding import is_sharded
+from hpa_ext.ops._checks import check_weight_pair
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class LayerPlan:
     backend: dict[str, str]
 
     def merge(self, old: Tensor, new: Tensor, out: Tensor) -> None:
-        """Write the harmonized weight; `out` may be `old` or `new`."""
-        ops.project_merge(old, new, self.selection.retained, self.coefficient, out, axis=self.config.granularity)
+        """Write the harmonized weight; `out` may be `old` or `new`. Of DTensors, each process writes its own part."""
+        merge_weights(old, new, self.selection.retained, self.coefficient, out, axis=self.config.granularity)
 
     def report(self, name: str | None = None) -> LayerReport:
         """The plan on the host. Synchronises with a device."""
@@ -61,6 +65,27 @@ class LayerPlan:
         )
 
 
+@dataclass(frozen=True)
+class UpdateSums:
+    """What a plan needs of a layer's weights.
+
+    Attributes:
+        shape: ``(out, in)``.
+        squared_update, inner_product, old_squared_norm: see `WeightUpdate.column_sums`.
+        row_scores: with output granularity, ``sum_j D_ij^2 w_j`` ``[out]`` for the safety and the task Gram.
+        backend: which backend served the sums and will serve the merge.
+        failure: what is wrong with the weights, to be raised where no other process is kept waiting.
+    """
+
+    shape: tuple[int, int]
+    squared_update: Tensor
+    inner_product: Tensor
+    old_squared_norm: Tensor
+    row_scores: list[Tensor] | None
+    backend: dict[str, str]
+    failure: NumericalError | None
+
+
 def plan_layer(
     old: Tensor,
     new: Tensor,
@@ -70,8 +95,23 @@ def plan_layer(
     *,
     check: bool = True,
 ) -> LayerPlan:
-    """Score and select for weights ``[out, in]``; with ``check`` False without reading anything on the host."""
-    return plan_update(DenseUpdate(old, new), gram, depth, config, check=check)
+    """Score and select for weights ``[out, in]``; with `check` False without reading anything on the host.
+
+    DTensors are scored by all processes of their mesh together: if one of them raises, all do, and all get one plan.
+    """
+    if not is_sharded(old) and not is_sharded(new):
+        check_weight_pair(old, new)
+        return plan_update(DenseUpdate(old, new), gram, depth, config, check=check)
+    processes = Agreement.of_tensor(new if is_sharded(new) else old)
+    with processes.together():
+        update = update_of(old, new)
+        config.retain_percent(depth)
+        grams = read_grams(gram, update.shape, update.device, config)
+    grams_agree(processes, {None: grams}, config)
+    sums = measure(update, grams, config)
+    with processes.together():
+        plan = plan_measured(sums, grams, depth, config)
+    return plans_of_first(processes, {None: plan})[None]
 
 
 def plan_update(
@@ -82,30 +122,50 @@ def plan_update(
     *,
     check: bool = True,
 ) -> LayerPlan:
-    """As `plan_layer`, for an update in any form."""
+    """As `plan_layer`, for an update in any form on one process."""
     config.retain_percent(depth)  # raises for a depth out of range, before any work
-    safety, task = _pair(gram)
-    _check_gram("gram.safety", safety, update)
-    _check_gram("gram.task", task, update)
+    grams = read_grams(gram, update.shape, update.device, config, check=check)
+    return plan_measured(measure(update, grams, config, check=check), grams, depth, config, check=check)
+
+
+def measure(update: WeightUpdate, grams: LayerGrams, config: HPAConfig, *, check: bool = True) -> UpdateSums:
+    """The sums over a layer's weights; of sharded weights, the only step that exchanges anything."""
     squared_update, inner_product, old_squared_norm = update.column_sums()
+    rows = None
+    if config.granularity == "output":
+        rows = update.row_sums(importance_weights(grams.diagonals(squared_update.dtype), config))
+    failure = None
     if check and not all(bool(torch.isfinite(v).all()) for v in (squared_update, inner_product, old_squared_norm)):
-        update.raise_not_finite()  # the sums show it, so that no further pass over the weights is needed
-    inverses = (_inverse("gram.safety", safety, config, check), _inverse("gram.task", task, config, check))
-    diagonals = [inverse.diagonal.to(squared_update.dtype) for inverse in inverses]
-    scores, log_ratio, valid = column_importance(update, squared_update, diagonals[0], diagonals[1], config)
+        try:
+            update.raise_not_finite()  # the sums show it, so that no further pass over the weights is needed
+        except NumericalError as error:
+            failure = error
+    return UpdateSums(update.shape, squared_update, inner_product, old_squared_norm, rows, update.backend(), failure)
+
+
+def plan_measured(
+    sums: UpdateSums, grams: LayerGrams, depth: float, config: HPAConfig, *, check: bool = True
+) -> LayerPlan:
+    """Score and select from the sums; NumericalError for weights or scores that are not finite."""
+    if sums.failure is not None:
+        raise sums.failure
+    diagonals = grams.diagonals(sums.squared_update.dtype)
+    scores, log_ratio, valid = column_importance(
+        sums.shape, sums.squared_update, sums.row_scores, importance_weights(diagonals, config)
+    )
     if check:
         _check_scores(diagonals, scores)
     selection = select(scores[0], scores[1], balance(log_ratio, valid, config), depth, config)
-    zero = torch.zeros_like(inner_product)
+    zero = torch.zeros_like(sums.inner_product)
     coefficient = zero
     if config.orthogonal:
-        coefficient = torch.where(old_squared_norm == 0, zero, inner_product / old_squared_norm)
+        coefficient = torch.where(sums.old_squared_norm == 0, zero, sums.inner_product / sums.old_squared_norm)
     if not check:
         # A Gram that failed has NaN here; it must show in the result rather than choose columns at random.
         coefficient = coefficient + 0 * (diagonals[0].sum() + diagonals[1].sum())
-    backend = update.backend()
+    backend = dict(sums.backend)
     backend["column_mask"] = ops.backend_of("column_mask", scores[0])
-    backend["inverse_diagonal"] = ops.backend_of("inverse_diagonal", inverses[0].diagonal)
+    backend["inverse_diagonal"] = ops.backend_of("inverse_diagonal", grams.inverses[0].diagonal)
     if config.granularity == "output":
         backend["row_scores"] = "torch"
     return LayerPlan(
@@ -113,50 +173,12 @@ def plan_update(
         coefficient=coefficient,
         config=config,
         depth=depth,
-        squared_update=squared_update,
-        old_squared_norm=old_squared_norm,
-        dead_columns=(_dead_columns(safety), _dead_columns(task)),
-        inverses=inverses,
+        squared_update=sums.squared_update,
+        old_squared_norm=sums.old_squared_norm,
+        dead_columns=grams.dead_columns,
+        inverses=grams.inverses,
         backend=backend,
     )
-
-
-def _pair(gram: Any) -> tuple[AnyGram, AnyGram]:
-    if not isinstance(gram, tuple) or len(gram) != 2:
-        raise TypeError(f"gram: expected a GramPair or a tuple (safety, task), got {type(gram).__name__}")
-    return gram
-
-
-def _check_gram(name: str, gram: Any, update: WeightUpdate) -> None:
-    if not isinstance(gram, (Gram, GramDiagonal, Tensor)):
-        raise TypeError(f"{name}: expected a Gram or a matrix [in, in], got {describe(gram)}")
-    width = tuple(gram.shape) if isinstance(gram, Tensor) else (gram.in_features, gram.in_features)
-    if len(update.shape) == 2 and width != (update.shape[1], update.shape[1]):
-        raise ValueError(
-            f"{name}: expected [{update.shape[1]}, {update.shape[1]}] for a weight {list(update.shape)}, "
-            f"got {list(width)}"
-        )
-    if gram.device != update.device:
-        raise ValueError(f"{name}: expected device {update.device} like the weights, got {gram.device}")
-
-
-def _inverse(name: str, gram: AnyGram, config: HPAConfig, check: bool) -> ops.InverseDiagonal:
-    try:
-        if not isinstance(gram, Tensor):
-            return gram.inverse_diagonal_report(
-                config.damping, normalization=config.normalization, rescue=config.rescue
-            )
-        return ops.inverse_diagonal(gram, config.damping, rescue=config.rescue, check=check, return_report=True)
-    except NumericalError as error:
-        raise NumericalError(
-            f"{name}: {error.message}", failing_minor=error.failing_minor, damping=error.damping
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _dead_columns(gram: AnyGram) -> Tensor:
-    return gram.diagonal() == 0 if isinstance(gram, Tensor) else gram.dead_columns()
 
 
 def _check_scores(diagonals: list[Tensor], scores: tuple[Tensor, Tensor]) -> None:

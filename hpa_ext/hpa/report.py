@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,3 +116,21 @@ class ModelReport:
         lines += [f"shares its weight: {name} with {first}" for name, first in self.shared.items()]
         lines += [f"not covered: {name}" for name in self.not_covered]
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+
+
+def report_warnings(reports: Mapping[str, LayerReport], config: HPAConfig) -> list[str]:
+    """One line for each kind of rescue that a Gram needed, and one if there was nothing to harmonize."""
+    lines = []
+    for kind in ("safety", "task"):
+        events = {
+            "needed more damping": [n for n, report in reports.items() if report.damping_used[kind] > config.damping],
+            "was factored in float64": [n for n, report in reports.items() if report.precision_bits[kind] == 64],
+        }
+        lines += [
+            f"{kind} Gram {event} in {len(names)} {'layer' if len(names) == 1 else 'layers'}, such as {names[0]}"
+            for event, names in events.items()
+            if names
+        ]
+    if all(report.update_norm == 0 for report in reports.values()):
+        lines.append("no weight differs between the old and the new model, so nothing was harmonized")
+    return lines

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hpa_ext.models.sharding import check_placements, from_local, is_sharded, local, part_of
 from hpa_ext.models.structure import is_conv1d
 from hpa_ext.precision import without_autocast
 
@@ -35,8 +36,15 @@ class Linear:
         """Whether the weight is stored as ``[in, out]`` (Conv1D)."""
         return not isinstance(self.base, nn.Linear)
 
+    @property
+    def storage_key(self) -> int:
+        """Equal for linears that store one weight, and on every process alike for those that are sharded."""
+        weight = self.base.weight
+        # A process may have no rows of a DTensor and so no memory to tell; FSDP2 shares the parameter itself.
+        return id(weight) if is_sharded(weight) else weight.data_ptr()
+
     def base_weight(self) -> Tensor:
-        """The stored weight as a detached view ``[out, in]``; writing to it writes to the layer."""
+        """The stored weight as a detached view ``[out, in]``, maybe a DTensor; writing to it writes to the layer."""
         weight = self.base.weight.detach()
         return weight.mT if self.is_transposed else weight
 
@@ -49,12 +57,28 @@ class Linear:
         adapters = self._pending()
         if not adapters:
             return base
+        factors = [self.module.lora_A[name].weight for name in adapters]
+        if is_sharded(base) or any(is_sharded(factor) for factor in factors):
+            return self._sharded_weight(base, adapters)
         total = base.float()
         for adapter in adapters:
             with without_autocast(base):
                 delta = self.module.get_delta_weight(adapter).detach()
             total = total + (delta.mT if self.is_transposed else delta).to(device=base.device, dtype=torch.float32)
         return total.to(base.dtype)
+
+    def _sharded_weight(self, base: Tensor, adapters: list[str]) -> Tensor:
+        """As `weight`: A and B are gathered, which are small, and each process adds its own part of their product."""
+        rows, columns = part_of(base) if is_sharded(base) else (slice(None), slice(None))
+        total = local(base).float()
+        for adapter in adapters:
+            a, b = (_whole(factor[adapter].weight) for factor in (self.module.lora_A, self.module.lora_B))
+            with without_autocast(base):
+                delta = (b[rows].float() @ a[:, columns].float()) * self.module.scaling[adapter]
+            # PEFT's update is of the adapter's dtype before it is added.
+            total = total + delta.to(b.dtype).to(device=total.device, dtype=torch.float32)
+        total = total.to(base.dtype)
+        return from_local(total, base) if is_sharded(base) else total
 
     def absorb_adapters(self) -> None:
         """Declare that the stored weight now contains the active adapters: each B becomes zero, A stays.
@@ -64,7 +88,7 @@ class Linear:
         if not is_lora(self.module):
             return
         for adapter in (*self._pending(), *self.module.merged_adapters):
-            self.module.lora_B[adapter].weight.data.zero_()
+            local(self.module.lora_B[adapter].weight).zero_()
         self.module.merged_adapters.clear()
 
     def refuse_unsupported(self) -> None:
@@ -77,6 +101,8 @@ class Linear:
                 f"{self.name}: expected a floating-point weight, got {type(self.base).__name__} with {weight.dtype} "
                 "(quantised); load the base model unquantised"
             )
+        if is_sharded(weight):
+            check_placements(self.name, weight)
         if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
             raise ValueError(f"{self.name}: its weight is an expanded view, which cannot be written; clone it first")
         if not is_lora(self.module):
@@ -101,11 +127,20 @@ class Linear:
         """Whether an active LoRA update is not in the stored weight."""
         return bool(self._pending())
 
+    def pending_factors(self) -> list[Tensor]:
+        """The factors B of the active LoRA updates that are not in the stored weight; all zero: nothing is added."""
+        return [self.module.lora_B[adapter].weight for adapter in self._pending()]
+
     def _pending(self) -> list[str]:
         if not is_lora(self.module) or self.module.disable_adapters:
             return []
         merged = set(self.module.merged_adapters)
         return [name for name in self.module.active_adapters if name in self.module.lora_A and name not in merged]
+
+
+def _whole(factor: Tensor) -> Tensor:
+    """A factor of a LoRA update, gathered if it is sharded."""
+    return factor.detach().full_tensor() if is_sharded(factor) else factor.detach()
 
 
 def is_lora(module: nn.Module) -> bool:

@@ -9,10 +9,14 @@ from torch import nn
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside a PeftModel, DistributedDataParallel or torch.compile, or the model itself."""
-    model = uncompiled(model)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = uncompiled(model.module)
+    model = without_data_parallel(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def without_data_parallel(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and torch.compile, or the module itself."""
+    model = uncompiled(model)
+    return uncompiled(model.module) if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -61,8 +65,10 @@ def layer_depth(model: nn.Module, name: str) -> float:
 
 def is_conv1d(module: object) -> bool:
     """Whether the module is transformers' Conv1D, whose weight is ``[in, out]``; by name, to import nothing."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    # FSDP2 derives a class of its own from that of a module that it shards.
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
+    )
 
 
 def image_token_id(model: nn.Module) -> int | None:

@@ -1,0 +1,251 @@
+"""Killed, interrupted or out of disk, harmonize_checkpoint leaves nothing that looks finished, and goes on later."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+
+import pytest
+import torch
+from checkpoint_files import contents, in_a_child
+from harmonize_inputs import make_inputs
+
+import hpa_ext
+from hpa_ext.checkpoints import CheckpointError, verify_checkpoint
+from hpa_ext.checkpoints.journal import Journal
+from hpa_ext.checkpoints.writer import ShardedWriter
+from hpa_ext.hpa.checkpoint import harmonize_checkpoint, merge, plan_checkpoint
+from hpa_ext.hpa.checkpoint.progress import Interrupted
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def run(inputs, out, new="new", **options):
+    return harmonize_checkpoint(**inputs.arguments(new), out=out, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """What runs without interruption write."""
+    root = tmp_path_factory.mktemp("whole")
+    for kind, options in KINDS.items():
+        run(inputs, root / kind, **options)
+    return {kind: contents(root / kind) for kind in KINDS}
+
+
+KINDS = {"checkpoint": {}, "adapter": {"new": "adapter"}, "adapter-output": {"new": "adapter", "output": "adapter"}}
+
+
+def die_at(kind, method, count):
+    """Kill this process at the n-th call of a method."""
+    calls = [0]
+    original = getattr(kind, method)
+
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(kind, method, counted)
+
+
+MOMENTS = [
+    ("checkpoint", ShardedWriter, "create", 1), ("checkpoint", ShardedWriter, "write_bytes", 1),
+    ("checkpoint", ShardedWriter, "write_bytes", 40), ("checkpoint", Journal, "append", 3),
+    ("checkpoint", Journal, "append", 12), ("checkpoint", Journal, "append", 15),
+    ("checkpoint", ShardedWriter, "finish", 1), ("checkpoint", ShardedWriter, "finish", 2),
+    ("checkpoint", Journal, "delete", 1), ("adapter", Journal, "append", 14),
+    ("adapter-output", Journal, "append", 14), ("adapter-output", ShardedWriter, "finish", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "owner", "method", "count"), MOMENTS, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(inputs, whole, tmp_path, kind, owner, method, count):
+    out = tmp_path / "out"
+
+    def work():
+        die_at(owner, method, count)
+        run(inputs, out, **KINDS[kind])
+
+    assert in_a_child(work) == -signal.SIGKILL
+    assert not out.exists()
+    if (tmp_path / "out.partial").exists():
+        assert not verify_checkpoint(tmp_path / "out.partial", progress=False).ok
+        with pytest.raises(FileExistsError, match="unfinished"):
+            run(inputs, out, **KINDS[kind])
+    run(inputs, out, resume=True, **KINDS[kind])
+    assert contents(out) == whole[kind]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_killed_twice_and_resumed_with_finished_layers_kept(inputs, whole, tmp_path):
+    out = tmp_path / "out"
+    for count in (26, 2):
+
+        def work(count=count):
+            die_at(Journal, "append", count)
+            run(inputs, out, resume=True)
+
+        assert in_a_child(work) == -signal.SIGKILL
+    done = []
+    original = merge.plan_module
+    try:
+        merge.plan_module = lambda job, diagonals, module, update: (
+            done.append(module),
+            original(job, diagonals, module, update),
+        )[1]
+        report = run(inputs, out, resume=True)
+    finally:
+        merge.plan_module = original
+    assert contents(out) == whole["checkpoint"]
+    assert 0 < len(done) < len(report)
+
+
+def test_interrupt_leaves_a_resumable_state_and_says_how(inputs, whole, tmp_path, monkeypatch):
+    calls = [0]
+
+    def interrupted(*args):
+        calls[0] += 1
+        if calls[0] == 9:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = merge.plan_module
+    monkeypatch.setattr(merge, "plan_module", interrupted)
+    with pytest.raises(Interrupted, match=r"out.partial.*--resume"):
+        run(inputs, tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    run(inputs, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == whole["checkpoint"]
+
+
+def test_full_disk_in_the_midst_is_told_and_can_be_resumed(inputs, whole, tmp_path, monkeypatch):
+    calls = [0]
+    original = os.pwrite
+
+    def full(descriptor, data, offset):
+        calls[0] += 1
+        if calls[0] == 60:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(inputs, tmp_path / "out")
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    run(inputs, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == whole["checkpoint"]
+
+
+def test_resume_of_nothing_begins_and_of_a_finished_output_changes_nothing(inputs, whole, tmp_path):
+    first = run(inputs, tmp_path / "out", resume=True)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = run(inputs, tmp_path / "out", resume=True)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert again.to_dict() == first.to_dict()
+    with pytest.raises(FileExistsError):
+        run(inputs, tmp_path / "out")
+
+
+@pytest.fixture
+def unfinished(inputs, tmp_path):
+    def work():
+        die_at(Journal, "append", 14)
+        run(inputs, tmp_path / "out")
+
+    assert in_a_child(work) == -signal.SIGKILL
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"config": hpa_ext.HPAConfig(retain_max=20.0)}, "retain_max: was 15.0, is 20.0"),
+        ({"new": "adapter"}, "inputs.new"),
+        ({"safety": "task"}, "inputs.safety"),
+        ({"modules": r".*language_model.*q_proj"}, "modules"),
+        ({"old": "new"}, "inputs.old"),
+    ],
+    ids=str,
+)
+def test_resume_with_something_else_is_refused(inputs, unfinished, change, named):
+    before = contents(unfinished.with_name("out.partial"))
+    arguments = inputs.arguments() | {
+        key: getattr(inputs, value) if key in ("new", "safety", "old") else value for key, value in change.items()
+    }
+    with pytest.raises((CheckpointError, ValueError), match=named):
+        harmonize_checkpoint(**arguments, out=unfinished, resume=True, progress=False)
+    assert contents(unfinished.with_name("out.partial")) == before
+
+
+def test_resume_with_a_changed_weight_is_refused(inputs, unfinished, tmp_path):
+    shard = next(path for path in sorted(inputs.new.glob("*.safetensors")))
+    contents_before = shard.read_bytes()
+    try:
+        with open(shard, "r+b") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(b"\1" * 8)
+        with pytest.raises(CheckpointError, match=r"inputs\.new"):
+            run(inputs, unfinished, resume=True)
+    finally:
+        shard.write_bytes(contents_before)
+
+
+def test_two_runs_on_one_output_are_refused(inputs, unfinished):
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with open(unfinished.with_name("out.partial") / "journal.jsonl", "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.write(write, b"locked")
+            signal.pause()
+    try:
+        os.read(read, 6)
+        with pytest.raises(CheckpointError, match="another process"):
+            run(inputs, unfinished, resume=True)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize(("new", "output"), [("new", "checkpoint"), ("adapter", "checkpoint"), ("adapter", "adapter")])
+def test_plan_touches_nothing_and_knows_the_bytes(inputs, tmp_path, new, output):
+    plan = plan_checkpoint(**inputs.arguments(new), out=tmp_path / "out", output=output)
+    assert list(tmp_path.iterdir()) == []
+    report = run(inputs, tmp_path / "out", new, output=output)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert plan.modules == len(report)
+    assert plan.write_bytes == pytest.approx(written, rel=0.5)
+    assert plan.fits and plan.memory_bytes > 0 and sum(plan.seconds.values()) > 0
+    # Two sets, three layers: of q/k/v, o, gate/up and down; the adapter tunes q, v and down alone.
+    assert plan.grams == 2 * 3 * (4 if new == "new" else 2)
+    assert "to harmonize" in str(plan)
+
+
+def test_plan_refuses_what_the_run_would(inputs, tmp_path):
+    with pytest.raises(ValueError, match="output"):
+        plan_checkpoint(**inputs.arguments(), out=tmp_path / "out", output="lora")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").touch()
+    with pytest.raises(FileExistsError):
+        plan_checkpoint(**inputs.arguments(), out=tmp_path / "out")
+
+
+def test_grams_that_need_float64_are_reported_alike(tmp_path):
+    """A Gram of few tokens without damping does not factor in float32; the report must survive the journal."""
+    inputs = make_inputs(tmp_path, dtype=torch.float32)
+    config = hpa_ext.HPAConfig(damping=1e-7)
+    report = run(inputs, tmp_path / "out", config=config)
+    expected = hpa_ext.harmonize_model(
+        inputs.models["old"], inputs.models["new"], **inputs.grams, config=config, progress=False
+    )
+    assert any(layer.precision_bits["safety"] == 64 for layer in report.layers.values())
+    assert report.to_dict() == expected.to_dict()
