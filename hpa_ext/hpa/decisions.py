@@ -26,7 +26,7 @@ def grams_agree(processes: Agreement, grams: Mapping[str | None, LayerGrams], co
 
     Grams of each process's own samples, which somebody forgot to add up, are found here.
     """
-    if processes.is_alone or not grams:
+    if processes.is_alone:
         return
     settings = zlib.crc32(json.dumps([list(grams), config.to_dict()]).encode())
     first = processes.of_first(torch.tensor([len(grams), settings]))
@@ -36,6 +36,8 @@ def grams_agree(processes: Agreement, grams: Mapping[str | None, LayerGrams], co
                 f"modules, config: expected the same {int(first[0])} layers and settings as the first process, "
                 f"got {len(grams)} layers or other settings"
             )
+    if not grams:
+        return
     facts = torch.tensor([_facts(layer) for layer in grams.values()], dtype=torch.float64)
     of_first = processes.of_first(facts)
     with processes.together():

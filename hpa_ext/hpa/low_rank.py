@@ -112,13 +112,14 @@ class LowRankUpdate:
         """
         gain = gain_of(selection.retained, coefficient, self.dtype)
         retained = selection.retained if granularity == "input" else selection.retained[:, None]
-        a, b = self.a.to(self.dtype), self.b.to(self.dtype) * self.scaling
+        a, b = self.a.to(self.dtype), self.b.to(self.dtype)
         merged = torch.empty_like(self.old, memory_format=torch.contiguous_format) if out is None else out
         for rows in self._row_blocks():
             factor = gain if granularity == "input" else gain[rows, None]
             keep = retained if granularity == "input" else retained[rows]
-            block = torch.addmm(self.old[rows].to(self.dtype) * factor, b[rows], a).to(self.old.dtype)
-            merged[rows] = torch.where(keep, self.old[rows], block)
+            # Rounded where PEFT and `apply_steps` round, so that a harmonized adapter merges to these very numbers.
+            block = torch.mm(b[rows], a).mul_(self.scaling).add_(self.old[rows].to(self.dtype) * factor)
+            merged[rows] = torch.where(keep, self.old[rows], block.to(self.old.dtype))
         return merged
 
     def _row_blocks(self) -> list[slice]:

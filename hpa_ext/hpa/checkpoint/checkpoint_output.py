@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from hpa_ext.checkpoints.journal import Journal
 from hpa_ext.checkpoints.manifest import write_manifest
 from hpa_ext.checkpoints.masks import LayerMasks, write_masks
 from hpa_ext.checkpoints.output import publish
+from hpa_ext.checkpoints.room import require_room
 from hpa_ext.checkpoints.shard_plan import ShardPlan
 from hpa_ext.checkpoints.side_files import copy_side_files
 from hpa_ext.checkpoints.writer import PARTIAL, ShardedWriter
@@ -25,7 +26,18 @@ from hpa_ext.hpa.report import LayerReport
 from hpa_ext.processes import Processes
 
 # Masks, manifest, configuration and tokenizer beside the weights.
-_ROOM_BESIDE = 64 << 20
+ROOM_BESIDE = 64 << 20
+
+
+def check_room(job: Job, partial: Path) -> None:
+    """Refuse a disk that is too small, before the Grams are factored; files that an earlier run began have their room.
+
+    Raises:
+        OSError: ``ENOSPC``, with what is needed and what is free.
+    """
+    plans = [ShardPlan.of_shard(shard) for shard in job.source.shards]
+    if not _begun(partial, plans):
+        require_room(partial.parent, sum(plan.size for plan in plans) + ROOM_BESIDE, f"{len(plans)} files")
 
 
 def write_checkpoint_output(
@@ -59,11 +71,14 @@ def write_checkpoint_output(
 
 def _create(writer: ShardedWriter, partial: Path, finished: Mapping[str, dict], units: list[Unit]) -> bool:
     """Begin the files, unless an earlier run has finished something in them."""
-    begun = any((partial / (plan.file_name + end)).exists() for plan in writer.plans for end in ("", PARTIAL))
-    if begun and any(unit.key in finished for unit in units):
+    if _begun(partial, writer.plans) and any(unit.key in finished for unit in units):
         return False
-    writer.create(replace=True, reserve_bytes=_ROOM_BESIDE)
+    writer.create(replace=True, reserve_bytes=ROOM_BESIDE)
     return True
+
+
+def _begun(partial: Path, plans: Iterable[ShardPlan]) -> bool:
+    return any((partial / (plan.file_name + end)).exists() for plan in plans for end in ("", PARTIAL))
 
 
 def _work(

@@ -17,6 +17,8 @@ from hpa_ext.checkpoints.files import free_bytes
 from hpa_ext.checkpoints.gram_file import GramFile
 from hpa_ext.checkpoints.output import check_output, partial_directory
 from hpa_ext.gram_diagonal import GramDiagonal
+from hpa_ext.hpa.checkpoint.arguments import input_paths, usable_device
+from hpa_ext.hpa.checkpoint.checkpoint_output import ROOM_BESIDE
 from hpa_ext.hpa.checkpoint.grams import GramSource, leaders
 from hpa_ext.hpa.checkpoint.job import Job, has_low_rank, prepare
 from hpa_ext.hpa.checkpoint.merge import merged_weight, moved, plan_module
@@ -57,8 +59,8 @@ class CheckpointPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether there is room for the output."""
-        return self.write_bytes <= self.free_bytes
+        """Whether there is room for the output, and for what lies beside the weights of a whole checkpoint."""
+        return self.write_bytes + (ROOM_BESIDE if self.output == "checkpoint" else 0) <= self.free_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -98,10 +100,11 @@ def plan_checkpoint(
 
     Nothing is left on the disk: the rate of writing is measured with a file that has no name.
     """
-    device = torch.device(device)
-    job = prepare(old, new, safety, task, config, output, old_adapters, modules)
+    inputs = input_paths(out, old_adapters, old=old, new=new)
+    device = usable_device(device)
+    job = prepare(old, new, safety, task, config, output, inputs[2:], modules)
     try:
-        check_output(out, [old, new, *old_adapters])
+        check_output(out, inputs)
         factored = _factored(job)
         parent = partial_directory(out).parent
         rates = _measure(job, device, parent)

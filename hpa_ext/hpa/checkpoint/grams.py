@@ -25,18 +25,24 @@ def open_grams(argument: str, grams: GramSource) -> Mapping[str, Gram | GramDiag
     return grams
 
 
-def check_gram(argument: str, name: str, grams: Mapping[str, Gram | GramDiagonal], in_features: int) -> None:
-    """Raise unless the mapping has a Gram of that width for the module; nothing is read from a Gram file for it."""
+def check_gram(
+    argument: str, name: str, grams: Mapping[str, Gram | GramDiagonal], in_features: int, damping: float
+) -> None:
+    """Raise unless the mapping has a Gram of that width for the module, and one that takes the damping.
+
+    Nothing is read from a Gram file for it.
+    """
     if name not in grams:
         some = f"; it has {len(grams)} names, such as {next(iter(grams))}" if grams else "; it is empty"
         raise ValueError(f"{name}: no Gram in {argument}{some}")
     if isinstance(grams, GramFile):
-        width, tokens = grams.in_features(name), grams.token_count(name)
+        width, tokens, reduced_with = grams.in_features(name), grams.token_count(name), grams.damping(name)
     else:
         gram = grams[name]
         if not isinstance(gram, (Gram, GramDiagonal)):
             raise TypeError(f"{name}: expected a Gram or a GramDiagonal in {argument}, got {type(gram).__name__}")
         width, tokens = gram.in_features, gram.token_count
+        reduced_with = gram.damping if isinstance(gram, GramDiagonal) else None
     if tokens == 0:
         raise ValueError(
             f"{name}: its Gram in {argument} has counted no tokens: no batch reached this module; "
@@ -44,6 +50,11 @@ def check_gram(argument: str, name: str, grams: Mapping[str, Gram | GramDiagonal
         )
     if width != in_features:
         raise ValueError(f"{name}: expected a Gram of {in_features} features in {argument}, got {width}")
+    if reduced_with is not None and reduced_with != damping:
+        raise ValueError(
+            f"{name}: its Gram in {argument} was reduced to the diagonal of its inverse with damping {reduced_with!r}, "
+            f"got damping {damping!r}; reduce it again from the full Gram, or harmonize with the same"
+        )
 
 
 def leaders(grams: Mapping[str, Gram | GramDiagonal], names: list[str]) -> dict[str, str]:
@@ -57,13 +68,22 @@ def leaders(grams: Mapping[str, Gram | GramDiagonal], names: list[str]) -> dict[
 
 
 def fingerprint_of(grams: Mapping[str, Gram | GramDiagonal], names: list[str]) -> str:
-    """Of a Gram file, its own; of Grams in memory, a hash of what they say about each feature alone (the diagonal)."""
+    """Of a Gram file, its own; of Grams in memory, a hash of their numbers and of which module has which."""
     if isinstance(grams, GramFile):
         return grams.fingerprint()
+    leader_of = leaders(grams, names)
     digest = hashlib.sha256()
-    for name in names:
+    for name, leader in leader_of.items():
+        digest.update(f"{name} {leader}\n".encode())
+        if name != leader:
+            continue
         gram = grams[name]
-        values = gram.sum_inverse if isinstance(gram, GramDiagonal) else gram.state_dict()["sum"].diagonal()
-        digest.update(f"{name} {type(gram).__name__} {gram.token_count}\n".encode())
-        digest.update(values.detach().cpu().contiguous().numpy().tobytes())
+        if isinstance(gram, GramDiagonal):
+            tensors = [gram.sum_inverse, gram.dead]
+            digest.update(f"{gram.token_count} {gram.damping} {gram.damping_used} {gram.precision_bits}\n".encode())
+        else:
+            tensors = [gram.state_dict()["sum"]]
+            digest.update(f"{gram.token_count}\n".encode())
+        for tensor in tensors:
+            digest.update(memoryview(tensor.cpu().contiguous().numpy()).cast("B"))
     return digest.hexdigest()

@@ -138,11 +138,6 @@ def prepare(
         raise TypeError(f"config: expected an HPAConfig, got {type(config).__name__}")
     if output not in OUTPUTS:
         raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got {output!r}")
-    for argument, path in (("old", old), ("new", new)):
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"{argument}: expected a path, got {type(path).__name__}")
-    if isinstance(old_adapters, (str, os.PathLike)):
-        old_adapters = [old_adapters]
     safety_grams, task_grams = open_grams("safety", safety), open_grams("task", task)
     old_weights = CheckpointWeights(old, adapters=list(old_adapters))
     adapter = None
@@ -153,13 +148,19 @@ def prepare(
         new_weights = CheckpointWeights(new)
     linears, shared = _distinct(find_linears(new_weights.model, modules))
     if adapter is not None:  # what the adapter leaves alone has not changed
+        count = len(linears)
         linears = {name: linear for name, linear in linears.items() if adapter.touches(f"{name}.weight")}
+        if not linears:
+            raise ValueError(
+                f"new: the adapter in {adapter.directory} tunes none of the {count} linear layers to harmonize "
+                f"(modules={modules!r}); to merge it as it is, use merge_checkpoint or `hpa-ext merge`"
+            )
     _check_output_kind(output, adapter, config, list(linears))
     for name, linear in linears.items():
         _check_weights(name, old_weights, new_weights)
         in_features = linear.base_weight().shape[1]
-        check_gram("safety", name, safety_grams, in_features)
-        check_gram("task", name, task_grams, in_features)
+        check_gram("safety", name, safety_grams, in_features, config.damping)
+        check_gram("task", name, task_grams, in_features, config.damping)
     return Job(
         old=old_weights,
         new=new_weights,

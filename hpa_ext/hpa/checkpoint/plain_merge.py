@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from hpa_ext.checkpoints.identity import identity
 from hpa_ext.checkpoints.output import check_output
 from hpa_ext.checkpoints.weights import CheckpointWeights
@@ -56,7 +58,7 @@ def merge_checkpoint(
     if not resume:
         processes.together(lambda: check_output(out, [base, *adapters]))
     job = processes.together(lambda: _prepare(base, adapters))
-    carry_out(job, Path(out), [base, *adapters], resume, "cpu", progress, processes)
+    carry_out(job, Path(out), [base, *adapters], resume, torch.device("cpu"), progress, processes)
 
 
 def _prepare(base: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]]) -> MergeJob:

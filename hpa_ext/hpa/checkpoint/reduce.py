@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from hpa_ext.checkpoints.gram_file import GramFile
 from hpa_ext.checkpoints.journal import Journal
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram import Gram
@@ -17,6 +18,8 @@ from hpa_ext.hpa.checkpoint.records import diagonal_of, diagonal_record
 from hpa_ext.processes import Processes
 
 SETS = ("safety", "task")
+
+Item = tuple[str, str]
 
 
 def reduce_grams(
@@ -38,7 +41,8 @@ def reduce_grams(
     for name in SETS:
         wanted += [(name, leader) for leader in dict.fromkeys(leader_of[name].values())]
     todo = [item for item in wanted if _key(*item) not in finished]
-    mine = todo[processes.rank :: processes.count]
+    width = {item: job.linears[item[1]].base_weight().shape[1] for item in todo}
+    mine = share(todo, width, processes.rank, processes.count)
     progress.begin("inverse diagonals", len(mine), "Gram")
 
     def work() -> dict[str, dict]:
@@ -58,6 +62,14 @@ def reduce_grams(
     return {name: {module: diagonals[name, leader_of[name][module]] for module in job.names} for name in SETS}
 
 
+def share(items: Iterable[Item], width: Mapping[Item, int], rank: int, ranks: int) -> list[Item]:
+    """The Grams of one of several processes: of each width as many as the others have, give or take one.
+
+    The time grows with the cube of the width, and the widest come last in every decoder layer.
+    """
+    return sorted(items, key=lambda item: -width[item])[rank::ranks]
+
+
 def _reduced(job: Job, name: str, leader: str, device: torch.device) -> GramDiagonal:
     gram = getattr(job, name)[leader]
     try:
@@ -75,6 +87,10 @@ def _reduced(job: Job, name: str, leader: str, device: torch.device) -> GramDiag
         raise error.in_module(f"{leader} ({name} Gram)") from error
     except ValueError as error:
         raise ValueError(f"{leader} ({name} Gram): {error}") from error
+    finally:
+        # A Gram file keeps the last Gram, and the other set's would be held beside the next one of this.
+        if isinstance(getattr(job, name), GramFile):
+            getattr(job, name).forget()
 
 
 def _key(name: str, leader: str) -> str:

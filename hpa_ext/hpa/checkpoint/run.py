@@ -11,7 +11,8 @@ import torch
 
 from hpa_ext.checkpoints.output import check_output, finished_output, partial_directory
 from hpa_ext.hpa.checkpoint.adapter_output import write_adapter_output
-from hpa_ext.hpa.checkpoint.checkpoint_output import write_checkpoint_output
+from hpa_ext.hpa.checkpoint.arguments import input_paths, usable_device
+from hpa_ext.hpa.checkpoint.checkpoint_output import check_room, write_checkpoint_output
 from hpa_ext.hpa.checkpoint.grams import GramSource
 from hpa_ext.hpa.checkpoint.job import Job, prepare
 from hpa_ext.hpa.checkpoint.journals import finished_by_all, own_journal
@@ -73,11 +74,12 @@ def harmonize_checkpoint(
     Grams and the layers are divided among the processes, and the result has the same bytes.
     """
     processes = Processes.current()
+    inputs = processes.together(lambda: input_paths(out, old_adapters, old=old, new=new))
+    device = processes.together(lambda: usable_device(device))
     out = Path(out)
-    inputs = [old, new, *old_adapters]
     if not resume:
         processes.together(lambda: check_output(out, inputs))
-    job = processes.together(lambda: prepare(old, new, safety, task, config, output, old_adapters, modules))
+    job = processes.together(lambda: prepare(old, new, safety, task, config, output, inputs[2:], modules))
     return carry_out(job, out, inputs, resume, device, progress, processes)
 
 
@@ -86,12 +88,11 @@ def carry_out(
     out: Path,
     inputs: list[str | os.PathLike[str]],
     resume: bool,
-    device: torch.device | str,
+    device: torch.device,
     progress: bool,
     processes: Processes,
 ) -> ModelReport:
     """Do a prepared job and close it; see `harmonize_checkpoint`."""
-    device = torch.device(device)
     bars = Progress(progress and processes.is_first)
     partial = partial_directory(out)
     try:
@@ -99,6 +100,8 @@ def carry_out(
         done = processes.once(lambda: finished_output(out, identity) if resume else None)
         if done is not None:
             return _model_report(job, [report_of(record) for record in done["report"]["layers"]])
+        if job.output == "checkpoint":
+            processes.once(lambda: check_room(job, partial))
         with _resumable(partial), own_journal(out, identity, resume, inputs, processes) as journal:
             finished = finished_by_all(journal, processes)
             diagonals = reduce_grams(job, finished, journal, processes, device, bars)

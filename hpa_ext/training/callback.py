@@ -1,0 +1,152 @@
+"""HPA at the end of each task inside a training run of one's own: transformers' Trainer, or a loop with accelerate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hpa_ext.gram_diagonal import AnyGram
+from hpa_ext.hpa.config import HPAConfig
+from hpa_ext.hpa.report import ModelReport
+from hpa_ext.models.structure import without_data_parallel
+from hpa_ext.token_masks import TokenMask
+
+from .harmonized_task import Batches, HarmonizedTask, TaskSettings
+
+logger = logging.getLogger(__name__)
+
+# In the Trainer's state, which it writes into each checkpoint.
+STATE_KEY = "hpa_ext.HarmonizeCallback"
+
+
+class HarmonizeCallback(TrainerCallback):
+    """Harmonizes the model in place when the training of a task ends.
+
+    ``Trainer(..., callbacks=[HarmonizeCallback(safety_batches, task_batches)])`` is enough; each ``trainer.train()`` is
+    a task. In a loop of one's own, call `before_task` once the model is prepared (sharded, wrapped) and `after_task` at
+    the end.
+
+    When the task begins, the safety Grams are made with the model as it is, and the old weights are remembered: nothing
+    for LoRA whose B is zero, because its base weights stay what they are; else copies on the host of the linears that
+    are trained (under FSDP2 each process its own part). When it ends, the task Grams are made with the tuned model,
+    all Grams are added up over the processes, and the weights are harmonized. The Trainer has written its last
+    checkpoint before that, so save the model after ``train()``: a fully tuned one with ``trainer.save_model()``. With
+    LoRA the harmonized weights are in the base layers and the adapter adds nothing any more, so that an adapter saved
+    now would lose the step: save ``model.merge_and_unload()``. A warning says so when it happens.
+
+    Args:
+        safety: batches for the safety Grams, such as a list or a DataLoader, or a function that returns such; each
+            process gives its own share. Or Grams by module name, made with the model before the task.
+        task: batches of the task.
+        config: settings; None for the paper's.
+        modules: which linears are covered, as for `harmonize_model`; those among them that are trained are harmonized.
+        token_mask: as for `calibrate`.
+        model_old: the model before the task, in place of what is found when it begins. Needed when a full fine-tuning
+            resumes from a checkpoint, for the model has moved by then. The whole model on every process.
+        passes: go over the batches so often, each time for a part of the layers. Only this part's full Grams are in
+            memory at a time (all of 7B: 21.9 GB); of the others the diagonals that HPA needs.
+        trainer: whose ``log`` gets the summary, and so every tracker; may be set later as an attribute. None: the
+            summary goes to the state's ``log_history`` and to this module's logger.
+        progress: show bars when stderr is a terminal.
+
+    Attributes:
+        reports: the `ModelReport` of each task that ended.
+
+    A training that resumes is recognised by its step. If the task began with LoRA that was zero (the checkpoint says
+    so), the base model is still the old one; otherwise `model_old` is needed, and asked for. Works under DDP and FSDP2
+    (accelerate's ``fsdp_version=2``); FSDP1 and DeepSpeed ZeRO-3 are refused by name. The run's random numbers are
+    left as they would be without the callback.
+    """
+
+    def __init__(
+        self,
+        safety: Batches | Mapping[str, AnyGram],
+        task: Batches,
+        config: HPAConfig | None = None,
+        *,
+        modules: str | Iterable[str] | None = None,
+        token_mask: TokenMask | None = "attended",
+        model_old: nn.Module | None = None,
+        passes: int = 1,
+        trainer: Any = None,
+        progress: bool = True,
+    ) -> None:
+        names = modules if modules is None or isinstance(modules, str) else list(modules)
+        config = HPAConfig() if config is None else config
+        self.settings = TaskSettings(safety, task, config, names, token_mask, model_old, passes, progress)
+        self.trainer = trainer
+        self.reports: list[ModelReport] = []
+        self._task: HarmonizedTask | None = None
+
+    def before_task(self, model: nn.Module, *, adapters_were_zero: bool | None = None) -> None:
+        """Remember the weights and make the safety Grams, see `HarmonizedTask.begin`. Every process must call this."""
+        self._task = HarmonizedTask.begin(model, self.settings, adapters_were_zero=adapters_were_zero)
+
+    def after_task(self, model: nn.Module) -> ModelReport:
+        """Harmonize the tuned model in place; the report is added to `reports`. Every process must call this."""
+        if self._task is None:
+            raise RuntimeError("after_task: before_task was not called for this task")
+        report = self._task.end(model)
+        self._task = None
+        self.reports.append(report)
+        if hasattr(without_data_parallel(model), "get_base_model"):
+            logger.warning(
+                "the harmonized weights are in the base layers and the adapter adds nothing any more: an adapter saved "
+                "now would lose the step; save model.merge_and_unload()"
+            )
+        return report
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See `before_task`."""
+        resumes = state.global_step > 0
+        if self._task is not None and self._task.model() is model and not resumes:
+            logger.warning("the training of this task starts again: what was remembered of the model stays in use")
+            return
+        kept = (state.stateful_callbacks or {}).get(STATE_KEY, {}).get("attributes", {})
+        self.before_task(model, adapters_were_zero=bool(kept.get("adapters_were_zero")) if resumes else None)
+        entry = {"args": {}, "attributes": {"adapters_were_zero": self._task.old is None}}
+        state.stateful_callbacks = {**(state.stateful_callbacks or {}), STATE_KEY: entry}
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See `after_task`."""
+        report = self.after_task(model)
+        values = summary(report)
+        if self.trainer is not None:
+            self.trainer.log(values)
+        else:
+            state.log_history.append({**values, "step": state.global_step})
+        if state.is_world_process_zero:
+            logger.info("harmonized: %s", ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+            for warning in report.warnings:
+                logger.warning("%s", warning)
+
+
+def summary(report: ModelReport) -> dict[str, float]:
+    """What is logged of a report: the numbers of layers and warnings, and means over the layers."""
+    layers = list(report.layers.values())
+    of_layers = {
+        "hpa_retained_percent": [100 * layer.retained_count / len(layer.retained) for layer in layers],
+        "hpa_alpha": [layer.alpha for layer in layers],
+        "hpa_projection_coefficient": [layer.projection_coefficient for layer in layers],
+        "hpa_update_norm": [layer.update_norm for layer in layers],
+    }
+    means = {key: sum(values) / max(len(values), 1) for key, values in of_layers.items()}
+    return {"hpa_layers": len(layers), "hpa_warnings": len(report.warnings), **means}
