@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 Result = TypeVar("Result")
+
+_LONGEST_WAIT = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,19 @@ class Processes:
 
 @contextmanager
 def torchrun_processes() -> Iterator[Processes]:
-    """Join the processes that torchrun started, as its environment variables say, and leave them at the end."""
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    """Join the processes that torchrun started, as its environment variables say, and leave them at the end.
+
+    With GPUs, "cuda" is afterwards each process's own: that of its number on the machine.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # A process that has finished its part waits for the slowest one: hours, not torch's half of one. One that has died
+    # is noticed at once all the same, since its connection ends.
+    dist.init_process_group(backend, timeout=_LONGEST_WAIT)
     try:
         yield Processes.current()
     finally:
         dist.destroy_process_group()
+        # A group that lives on in a reference cycle until the interpreter ends aborts the process there.
+        gc.collect()

@@ -18,7 +18,7 @@ import hpa_ext
 from hpa_ext.adapters import load_adapter, merge_adapter
 from hpa_ext.checkpoints import CheckpointError, CheckpointReader, verify_checkpoint
 from hpa_ext.checkpoints.gram_file import GramFile, save_grams
-from hpa_ext.hpa.checkpoint import harmonize_checkpoint
+from hpa_ext.hpa.checkpoint import harmonize_checkpoint, merge_checkpoint, plan_checkpoint
 
 MODELS = {"llava": tiny_models.llava, "llama": tiny_models.llama, "gpt2": tiny_models.gpt2}
 
@@ -100,8 +100,9 @@ def test_adapter_equals_its_merged_checkpoint(tmp_path, kind, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_adapter_output_merged_equals_checkpoint_output(tmp_path, dtype):
-    inputs = make_inputs(tmp_path, dtype=dtype)
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True, "lora_alpha": 7}], ids=str)
+def test_adapter_output_merged_equals_checkpoint_output(tmp_path, dtype, lora):
+    inputs = make_inputs(tmp_path, dtype=dtype, **lora)
     run(inputs, tmp_path / "checkpoint", "adapter")
     run(inputs, tmp_path / "step", "adapter", output="adapter")
     size = sum(path.stat().st_size for path in (tmp_path / "step").iterdir())
@@ -123,11 +124,32 @@ def test_second_step_on_an_adapter_equals_one_on_the_checkpoint(tmp_path):
     grams = {"safety": inputs.safety, "task": inputs.task}
     options = {"new": tmp_path / "second", **grams, "progress": False}
     one = harmonize_checkpoint(tmp_path / "checkpoint", out=tmp_path / "one", **options)
-    two = harmonize_checkpoint(inputs.old, out=tmp_path / "two", old_adapters=[tmp_path / "step"], **options)
+    two = harmonize_checkpoint(inputs.old, out=tmp_path / "two", old_adapters=str(tmp_path / "step"), **options)
     assert list(one.layers) == list(two.layers)
-    first, other = (weights(inputs.models["old"], tmp_path / name) for name in ("one", "two"))
+    listed = plan_checkpoint(
+        inputs.old, tmp_path / "second", **grams, out=tmp_path / "three", old_adapters=[tmp_path / "step"]
+    )
+    assert listed.modules == len(two)
+    merge_checkpoint(tmp_path / "checkpoint", tmp_path / "second", tmp_path / "merged-one", progress=False)
+    pair = [tmp_path / "step", tmp_path / "second"]
+    merge_checkpoint(inputs.old, pair, tmp_path / "merged-two", progress=False)
+    for names in (("one", "two"), ("merged-one", "merged-two")):
+        first, other = (weights(inputs.models["old"], tmp_path / name) for name in names)
+        for name in first:
+            assert float((first[name] - other[name]).norm()) <= 1e-6 * float(first[name].norm() + 1e-30), name
+
+
+def test_a_harmonized_adapter_as_new_counts_with_its_gain(tmp_path):
+    inputs = make_inputs(tmp_path, dtype=torch.float32)
+    run(inputs, tmp_path / "step", "adapter", output="adapter")
+    inputs.step, inputs.merged = tmp_path / "step", tmp_path / "merged"
+    merge_checkpoint(inputs.old, inputs.step, inputs.merged, progress=False)
+    names = list(run(inputs, tmp_path / "a", "step").layers)
+    run(inputs, tmp_path / "b", "merged", modules=names)
+    first, second = (weights(inputs.models["old"], tmp_path / name) for name in "ab")
     for name in first:
-        assert float((first[name] - other[name]).norm()) <= 1e-6 * float(first[name].norm() + 1e-30), name
+        assert_same_bits(first[name], second[name])
+    refused(inputs, tmp_path, ValueError, "harmonized already", new=inputs.step, output="adapter")
 
 
 @pytest.mark.parametrize("option", ["use_dora", "modules_to_save"])
@@ -160,10 +182,11 @@ def test_gram_files_full_and_reduced_and_grams_in_memory_give_the_same_bytes(inp
         del files["hpa_manifest.json"]  # names its inputs
     assert found[0] == found[1] == found[2]
     assert (tmp_path / "safety.safetensors").stat().st_size < inputs.safety.stat().st_size
-    with pytest.raises(ValueError, match=r"damping 0.01.*got 0.05"):
+    with pytest.raises(ValueError, match=r"damping 0.01.*got damping 0.05"):
         harmonize_checkpoint(
             **arguments, out=tmp_path / "other", config=hpa_ext.HPAConfig(damping=0.05), progress=False
         )
+    assert not (tmp_path / "other.partial").exists()
 
 
 def test_gram_file_serves_harmonize_model(inputs):
@@ -175,6 +198,22 @@ def test_gram_file_serves_harmonize_model(inputs):
     )
     for name, tensor in model.state_dict().items():
         assert_same_bits(again.state_dict()[name], tensor)
+
+
+def test_no_gram_stays_in_memory_beside_the_next_one(inputs, tmp_path):
+    grams = {name: GramFile(getattr(inputs, name)) for name in ("safety", "task")}
+    most = []
+    read = GramFile.__getitem__
+
+    def counted(self, name):
+        gram = read(self, name)
+        most.append(sum(len(file._alive) for file in grams.values()))
+        return gram
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GramFile, "__getitem__", counted)
+        harmonize_checkpoint(**inputs.arguments() | grams, out=tmp_path / "out", progress=False)
+    assert len(most) == 2 * 3 * 4 and max(most) == 1
 
 
 def test_files_are_those_of_the_input(inputs, tmp_path):
@@ -265,6 +304,13 @@ def test_wrong_arguments_are_refused_before_anything_is_written(inputs, tmp_path
         inputs, tmp_path, ValueError, "granularity", new=inputs.adapter, output="adapter",
         config=hpa_ext.HPAConfig(granularity="output"),
     )  # fmt: skip
+    for name, wrong in {"out": None, "old": None, "new": 3, "old_adapters": 3}.items():
+        refused(inputs, tmp_path, TypeError, f"{name}: expected", **{name: wrong})
+    refused(inputs, tmp_path, TypeError, "old_adapters: expected a path", old_adapters=[None])
+    refused(inputs, tmp_path, TypeError, "device: expected a name", device=3)
+    for device in ("meta", "a potato", "cuda:99"):
+        refused(inputs, tmp_path, ValueError, f"device: '{device}' cannot be used here", device=device)
+    refused(inputs, tmp_path, ValueError, "tunes none of the 3", new=inputs.adapter, modules=".*language.*k_proj")
     refused(inputs, tmp_path, TypeError, "safety: expected the path of a Gram file", safety=3)
     refused(inputs, tmp_path, ValueError, "no Gram in task; it is empty", task={})
     refused(inputs, tmp_path, ValueError, "modules", modules="nothing")
@@ -283,6 +329,13 @@ def test_an_output_that_is_there_is_not_touched(inputs, tmp_path):
     with pytest.raises(FileExistsError, match="precious"):
         run(inputs, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_output_behind_a_link_lands_where_it_was_looked_for(inputs, tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "deep")
+    run(inputs, tmp_path / "link" / ".." / "out")
+    assert verify_checkpoint(tmp_path / "out", progress=False).ok and not (tmp_path / "elsewhere" / "out").exists()
 
 
 def damaged(inputs, tmp_path, change):

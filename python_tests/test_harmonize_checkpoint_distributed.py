@@ -15,7 +15,8 @@ from harmonize_inputs import make_inputs
 
 from hpa_ext.checkpoints import partial_directory
 from hpa_ext.hpa.checkpoint import harmonize_checkpoint, merge
-from hpa_ext.processes import Processes
+from hpa_ext.hpa.checkpoint.reduce import share
+from hpa_ext.processes import Processes, torchrun_processes
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,28 @@ def test_same_bytes_as_one_process(inputs, tmp_path, count, new, output):
     assert told == [str(expected)] * count  # every process has the whole report
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert not partial_directory(tmp_path / "many").exists()
+
+
+def test_every_process_gets_as_many_of_the_wide_grams():
+    width = {("safety", f"{layer}.{name}"): size for layer in range(4) for name, size in (("q", 4), ("o", 4), ("d", 9))}
+    parts = [share(list(width), width, rank, 3) for rank in range(3)]
+    assert sorted(item for part in parts for item in part) == sorted(width)
+    wide = [sum(width[item] == 9 for item in part) for part in parts]
+    assert max(wide) - min(wide) <= 1 and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_under_torchrun_each_process_has_its_own_gpu_and_waits_for_the_slowest(monkeypatch):
+    told = {}
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: told.update(device=number))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: told.update(wait=timeout, backend=backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: told.update(left=True))
+    with torchrun_processes():
+        assert told["device"] == 1 and told["backend"] == "cpu:gloo,cuda:nccl"
+        assert told["wait"] > datetime.timedelta(hours=12)
+    assert told["left"]
 
 
 def watched(rank, module, action):

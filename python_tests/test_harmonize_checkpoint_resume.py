@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -13,10 +14,11 @@ from checkpoint_files import contents, in_a_child
 from harmonize_inputs import make_inputs
 
 import hpa_ext
-from hpa_ext.checkpoints import CheckpointError, verify_checkpoint
+from hpa_ext.checkpoints import CheckpointError, room, verify_checkpoint
 from hpa_ext.checkpoints.journal import Journal
 from hpa_ext.checkpoints.writer import ShardedWriter
-from hpa_ext.hpa.checkpoint import harmonize_checkpoint, merge, plan_checkpoint
+from hpa_ext.hpa.checkpoint import estimate, harmonize_checkpoint, merge, plan_checkpoint
+from hpa_ext.hpa.checkpoint.grams import fingerprint_of
 from hpa_ext.hpa.checkpoint.progress import Interrupted
 
 
@@ -145,6 +147,15 @@ def test_full_disk_in_the_midst_is_told_and_can_be_resumed(inputs, whole, tmp_pa
     assert contents(tmp_path / "out") == whole["checkpoint"]
 
 
+def test_a_small_disk_is_found_out_before_the_grams_are_factored(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "free_bytes", lambda path: 1000)
+    with pytest.raises(OSError, match=r"too little room for \d+ files: \d+ bytes needed, 1000 bytes free"):
+        run(inputs, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(estimate, "free_bytes", lambda path: 1 << 20)
+    assert not plan_checkpoint(**inputs.arguments(), out=tmp_path / "out").fits
+
+
 def test_resume_of_nothing_begins_and_of_a_finished_output_changes_nothing(inputs, whole, tmp_path):
     first = run(inputs, tmp_path / "out", resume=True)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
@@ -171,6 +182,8 @@ def unfinished(inputs, tmp_path):
         ({"config": hpa_ext.HPAConfig(retain_max=20.0)}, "retain_max: was 15.0, is 20.0"),
         ({"new": "adapter"}, "inputs.new"),
         ({"safety": "task"}, "inputs.safety"),
+        ({"task": "safety"}, "inputs.task"),
+        ({"old_adapters": "adapter"}, "inputs.old_adapters"),
         ({"modules": r".*language_model.*q_proj"}, "modules"),
         ({"old": "new"}, "inputs.old"),
     ],
@@ -179,7 +192,8 @@ def unfinished(inputs, tmp_path):
 def test_resume_with_something_else_is_refused(inputs, unfinished, change, named):
     before = contents(unfinished.with_name("out.partial"))
     arguments = inputs.arguments() | {
-        key: getattr(inputs, value) if key in ("new", "safety", "old") else value for key, value in change.items()
+        key: getattr(inputs, value) if key in ("new", "safety", "task", "old", "old_adapters") else value
+        for key, value in change.items()
     }
     with pytest.raises((CheckpointError, ValueError), match=named):
         harmonize_checkpoint(**arguments, out=unfinished, resume=True, progress=False)
@@ -197,6 +211,19 @@ def test_resume_with_a_changed_weight_is_refused(inputs, unfinished, tmp_path):
             run(inputs, unfinished, resume=True)
     finally:
         shard.write_bytes(contents_before)
+
+
+def test_grams_in_memory_are_told_apart_by_all_their_numbers():
+    torch.manual_seed(0)
+    x, shared = torch.randn(50, 6), hpa_ext.Gram(6).update(torch.randn(9, 6))
+    one = hpa_ext.Gram(6).update(x)
+    state = one.state_dict()
+    other = hpa_ext.Gram.from_state_dict(state | {"sum": state["sum"].diagonal().diag()})
+    found = [fingerprint_of({"a": gram, "b": shared}, ["a", "b"]) for gram in (one, other)]
+    assert found[0] != found[1] and found[0] == fingerprint_of({"a": one, "b": shared}, ["a", "b"])
+    reduced = [hpa_ext.GramDiagonal.of(gram) for gram in (one, shared)]
+    dead = dataclasses.replace(reduced[0], dead=~reduced[0].dead)
+    assert len({fingerprint_of({"a": gram}, ["a"]) for gram in (*reduced, dead)}) == 3
 
 
 def test_two_runs_on_one_output_are_refused(inputs, unfinished):

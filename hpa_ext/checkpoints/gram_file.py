@@ -112,6 +112,10 @@ class GramFile(Mapping[str, "Gram | GramDiagonal"]):
                 if digest.hexdigest() != expected:
                     yield f"{self.path}: {entry.name}: expected SHA-256 {expected}, got {digest.hexdigest()}"
 
+    def forget(self) -> None:
+        """Let go of the Gram that was asked for last, so that its memory is free before the next one is read."""
+        self._last = None
+
     def close(self) -> None:
         """Close the file; Grams that were read stay."""
         self._reader.close()

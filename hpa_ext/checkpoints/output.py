@@ -111,7 +111,7 @@ def publish(partial: str | os.PathLike[str], out: str | os.PathLike[str], journa
         CheckpointError: an unfinished file is still there, or no manifest.
         FileExistsError: meanwhile something else has appeared at `out`; the result stays in `partial`.
     """
-    partial, out = Path(partial), Path(out)
+    partial, out = Path(partial), Path(os.path.abspath(out))  # as `check_output` and `partial_directory` read it
     if not (partial / MANIFEST_FILE).is_file():
         raise CheckpointError(f"{partial}: expected {MANIFEST_FILE} before publishing, got none")
     for directory, _, names in os.walk(partial):

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Plan or harmonize, then print."""
     given = args.settings.resolve(args)
     config = hpa_config(given)
+    _check_json(given.json)
     # Imported late: transformers takes seconds, and `hpa-ext --help` should not.
     from transformers.utils import logging
 
@@ -73,6 +74,16 @@ def run(args: argparse.Namespace) -> int:
         if Processes.current().is_first:
             _show(given, "" if given.quiet else f"{report}\n", report.to_dict(), last=f"written: {given.out}")
     return 0
+
+
+def _check_json(path: Path | None) -> None:
+    """Refuse a file for the report that could not be written, before the work instead of after it."""
+    if path is None or path == Path("-"):
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--json: expected the name of a file in a directory that exists, got {path}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"--json: expected to be allowed to write {path}")
 
 
 def _show(given: argparse.Namespace, shown: object, values: dict, last: str = "") -> None:
