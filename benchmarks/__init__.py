@@ -19,6 +19,7 @@ BENCHMARKS = (
     "project_merge",
     "routed_lora",
     "harmonize",
+    "hide",
 )
 
 

@@ -4,7 +4,7 @@ HPA (CVPR 2026) for layers, models and checkpoints: `Gram`, `calibrate`, `harmon
 `harmonize_checkpoint`; the six operations under `hpa_ext.ops`. See the README for the API in twenty lines.
 """
 
-from hpa_ext import ops
+from hpa_ext import hide, ops
 from hpa_ext.adapters import compose_adapters, load_adapter, merge_adapter
 from hpa_ext.build_info import build_info
 from hpa_ext.calibrating import calibrate_checkpoint
@@ -40,6 +40,7 @@ __all__ = [
     "harmonize_",
     "harmonize_checkpoint",
     "harmonize_model",
+    "hide",
     "load_adapter",
     "load_conversations",
     "merge_adapter",

@@ -27,6 +27,11 @@ METRICS = {
     "project_merge_vs_eager",
     "routed_lora_vs_loop",
     "harmonize_vs_eager",
+    "hide_layer_vs_loop",
+    "hide_layer_vs_authors",
+    "hide_fused_vs_authors",
+    "hide_prefill",
+    "hide_decode",
 }
 
 
@@ -73,7 +78,8 @@ def test_results_and_peers_are_right(document):
     for row in document["rows"]:
         assert row["correct"] is True, row["metric"]
         assert row["error"] <= row["error_limit"], row["metric"]
-        if row["peer_error"] is not None:
+        # The authors' HiDe computes something else: cross terms, one routing weight for the whole batch.
+        if row["peer_error"] is not None and not row["metric"].endswith("_vs_authors"):
             assert row["peer_error"] <= max(10 * row["error_limit"], 1e-6), row["metric"]
 
 

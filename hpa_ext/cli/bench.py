@@ -17,7 +17,7 @@ import torch
 from hpa_ext import ops
 from hpa_ext.build_info import OPERATIONS
 
-NAMES = (*OPERATIONS, "harmonize")
+NAMES = (*OPERATIONS, "harmonize", "hide")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -28,7 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Measures each operation against its peer in pairs, and against the device's own ceilings, after "
         "checking the result against float64. Prints a table, and writes the numbers to benchmarks/results/ of the "
         "checkout, or to ./hpa-ext-benchmarks/.",
-        epilog="Exit code: 0, or 1 if a result was wrong (nothing is saved then), or 2 for wrong usage.",
+        epilog="`hpa-ext bench continual --help`: methods on sequences of tuning steps. Exit code: 0, or 1 if a "
+        "result was wrong (nothing is saved then), or 2 for wrong usage.",
     )
     parser.add_argument("op", nargs="*", help=f"what to measure, of: {', '.join(NAMES)}; all by default")
     size = parser.add_mutually_exclusive_group()

@@ -1,0 +1,131 @@
+"""HiDe and HPA together on the embedded model: Last and MASR of HiDe alone, HPA alone, and both.
+
+    python benchmarks/hide_safety.py WORK [--seeds 0,1,2]
+
+WORK is that of ``hide_tasks.py``, whose experts are used and whose FineTune stands beside them. "HPA" is FineTune from
+task to task with every step harmonized; "both" harmonizes each expert before it is fused or routed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hide_tasks import (
+    SEQUENTIAL,
+    TASKS,
+    TRAIN_COUNT,
+    hide_model,
+    load_experts,
+    masr,
+    task_scores,
+    train_experts,
+    tunable,
+)
+
+from hpa_ext import GramCollection, calibrate, harmonize_model
+from hpa_ext.data.collate import calibration_batches
+from hpa_ext.data.safety_set import collect_safety_set
+from hpa_ext.data.toy_tasks import RISK_CLASSES, draw_harmful, draw_task
+from hpa_ext.evaluation.generate import generate_answers
+from hpa_ext.evaluation.metrics import DEFAULT_REFUSALS
+from hpa_ext.hide import HiDeConfig, HiDeModel, harmonize_experts
+from hpa_ext.hide.expert_sources import read_expert
+from hpa_ext.models.embedded import load_embedded
+
+CONFIGS = {
+    "HiDe": HiDeConfig(),
+    "HiDe, top layers 3, e 0.4": HiDeConfig(top_layers=3, fusion_coefficients=0.4),
+    "HiDe, expand all": HiDeConfig(top_layers=4, projector="routed"),
+}
+
+
+def safety_grams(model: torch.nn.Module, processor: Any, seed: int) -> GramCollection:
+    """Grams of the refusals that the aligned model writes itself, 8 samples."""
+    found = collect_safety_set(
+        lambda samples: generate_answers(model, processor, samples),
+        lambda risk: iter(draw_harmful("both", 64, seed, "train", risk_class=risk)),
+        DEFAULT_REFUSALS.matches,
+        RISK_CLASSES,
+    )
+    return calibrate(model, calibration_batches(processor, found.samples), progress=False)
+
+
+def task_grams(model: torch.nn.Module, processor: Any, task: str, seed: int) -> GramCollection:
+    """Grams of 128 samples of a task."""
+    samples = draw_task(task, TRAIN_COUNT, seed)[:128]
+    return calibrate(model, calibration_batches(processor, samples, 32), progress=False)
+
+
+def hpa_sequence(seed: int) -> dict[str, Any]:
+    """FineTune in the first order, every step harmonized."""
+    model, processor = tunable()
+    memory: dict[str, Any] = {}
+    for step, task in enumerate(TASKS):
+        old = copy.deepcopy(model)
+        model = SEQUENTIAL["FineTune"](model, processor, task, seed, step, memory)
+        safety = safety_grams(old, processor, seed)
+        harmonize_model(old, model, safety, task_grams(model, processor, task, seed))
+    return {"HPA": {"scores": task_scores(model, processor, seed, TASKS), "masr": masr(model, processor, seed)}}
+
+
+def hide_with_and_without(work: Path, seed: int) -> dict[str, Any]:
+    """Every configuration with plain and with harmonized experts."""
+    base, processor = load_embedded()
+    found = {"base": {"scores": task_scores(base, processor, seed, TASKS), "masr": masr(base, processor, seed)}}
+    adapters, _ = load_experts(work, seed, TASKS)
+    experts = [read_expert(task, source, base) for task, source in adapters.items()]
+    safety = safety_grams(base, processor, seed)
+    grams = {}
+    for expert in experts:
+        single = HiDeModel(load_embedded()[0], {expert.task: expert}, config=HiDeConfig(top_layers=0))
+        grams[expert.task] = task_grams(single.merge_and_unload(), processor, expert.task, seed)
+    harmonized, _ = harmonize_experts(base, experts, safety, grams, progress=False)
+    plain, processor = hide_model(work, seed, TASKS)
+    features = plain.features
+    anchors = plain.anchors
+    both = HiDeModel(load_embedded()[0], {e.task: e for e in harmonized}, anchors, features=features)
+    for name, config in CONFIGS.items():
+        for model, suffix in ((plain, ""), (both, " + HPA")):
+            model.configure(config)
+            scores = task_scores(model, processor, seed, TASKS)
+            found[name + suffix] = {"scores": scores, "masr": masr(model, processor, seed)}
+    return found
+
+
+def main() -> int:
+    """Run for every seed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("work", type=Path, help="directory of hide_tasks.py")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--parts", default="hide,hpa", help="HiDe with and without HPA, HPA alone (default: both)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    started = time.perf_counter()
+    say: Callable[[str], None] = functools.partial(print, flush=True)
+    for seed in map(int, arguments.seeds.split(",")):
+        train_experts(arguments.work, seed, say)
+        for part in arguments.parts.split(","):
+            path = arguments.work / f"seed-{seed}" / f"safety_{part}.json"
+            if path.is_file():
+                continue
+            found = hpa_sequence(seed) if part == "hpa" else hide_with_and_without(arguments.work, seed)
+            path.write_text(json.dumps(found) + "\n")
+            for name, row in found.items():
+                last, seconds = sum(row["scores"]) / len(row["scores"]), time.perf_counter() - started
+                say(f"[{seconds:6.0f} s] seed {seed}: {name}: Last {last:.1f}, MASR {row['masr']:.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Whether adapters, anchors, settings, features and model fit, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from hpa_ext.hide.anchors import Anchors
+from hpa_ext.hide.assembly import assign
+from hpa_ext.hide.config import HiDeConfig
+from hpa_ext.hide.experts import Expert
+from hpa_ext.hide.features import Features
+from hpa_ext.hide.structure import layer_count
+
+
+def check_parts(
+    base: nn.Module, linears: Sequence[str], experts: Sequence[Expert], anchors: Anchors | None, config: HiDeConfig
+) -> None:
+    """ValueError if there are more top layers than layers, or anchors and experts are not of the same tasks."""
+    layers = layer_count(base)
+    if config.top_layers > layers:
+        raise ValueError(f"top_layers: expected at most the model's {layers} decoder layers, got {config.top_layers}")
+    tasks = [expert.task for expert in experts]
+    routes = any(found.kind == "routed" for found in assign(base, linears, experts, config).values())
+    routes = routes or (config.projector == "routed" and any(expert.projector for expert in experts))
+    if anchors is None:
+        if routes:
+            raise ValueError("anchors: expected those of every task, because experts are routed, got None")
+        return
+    for task in tasks:
+        if task not in anchors:
+            raise ValueError(f"anchors: expected those of task {task!r}, got {', '.join(anchors.tasks) or 'none'}")
+    extra = sorted(set(anchors.tasks) - set(tasks))
+    if extra:
+        raise ValueError(f"adapters: expected one for every task of the anchors, got none for {extra[0]!r}")
+
+
+def check_features(anchors: Anchors | None, features: Features) -> None:
+    """ValueError if the anchors say that they are of other features."""
+    if anchors is None or anchors.features is None:
+        return
+    mine, theirs = features.describe(), dict(anchors.features)
+    if mine != theirs:
+        raise ValueError(f"anchors: expected features {mine}, as the model is routed by, got {theirs}")
+
+
+def check_coefficients(config: HiDeConfig, tasks: Sequence[str]) -> None:
+    """ValueError if a fusion coefficient names a task that is not there."""
+    if isinstance(config.fusion_coefficients, Mapping):
+        unknown = sorted(set(config.fusion_coefficients) - set(tasks))
+        if unknown:
+            raise ValueError(f"fusion_coefficients: expected tasks of {', '.join(tasks)}, got {unknown[0]!r}")
