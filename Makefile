@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := $(shell find csrc cmake CMakeLists.txt setup.py pyproject.toml hpa_ext/VERSION -type f)
 PYTEST_ARGS ?=
 
-.PHONY: help install demo test test-cpp test-emulated test-python lint format bench gpu-check clean
+.PHONY: help install demo test test-cpp test-emulated test-python lint format bench benchmark gpu-check clean
 
 help:
 	@echo "make demo       build, then fine-tune, erode and harmonize the embedded LLaVA (three seeds)"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint       ruff and clang-format, as CI runs them"
 	@echo "make format     rewrite the sources as lint wants them"
 	@echo "make bench      microbenchmarks on this machine, written to benchmarks/results/"
+	@echo "make benchmark  methods compared on sequences of tuning steps, many hours; resumable"
 	@echo "make gpu-check  build, GPU tests, compute-sanitizer and GPU benchmarks, on a machine with a CUDA device"
 	@echo "make clean      remove builds and the virtual environment"
 
@@ -69,6 +70,9 @@ format: $(VENV)/.dependencies
 
 bench: install
 	$(BIN)/hpa-ext bench
+
+benchmark: install
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/hpa-ext bench continual
 
 # In the virtual environment if there is one, else with PYTHON, which must then hold torch.
 gpu-check:

@@ -7,10 +7,21 @@ import sys
 from collections.abc import Sequence
 
 from hpa_ext import __version__
-from hpa_ext.cli import bench, calibrate, demo, harmonize, info, merge, safety_set, verify
+from hpa_ext.cli import (
+    bench,
+    bench_continual,
+    calibrate,
+    demo,
+    harmonize,
+    hide,
+    info,
+    merge,
+    safety_set,
+    verify,
+)
 from hpa_ext.errors import NumericalError
 
-_COMMANDS = (demo, safety_set, calibrate, harmonize, merge, verify, bench, info)
+_COMMANDS = (demo, safety_set, calibrate, harmonize, merge, verify, hide, bench, bench_continual, info)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Exit codes: 0 done, 1 failed, 2 wrong usage or input, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:2] == ["bench", "continual"]:  # its options have nothing in common with those of the other benchmarks
+        argv[:2] = ["bench-continual"]
     args = parser().parse_args(argv)
     try:
         return int(args.run(args) or 0)

@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .plugin import TrainingPlugin
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """``schedule``: "constant" or "cosine" (to zero at ``steps``), after ``warmup_steps`` of linear rise.
 
     ``stop_loss``: stop as soon as the loss, averaged over the last ``stop_window`` steps, is below it; None runs all.
+    ``precision``: "float32", or "bfloat16" for autocast of the forward; the trained parameters keep their dtype.
     """
 
     steps: int
@@ -31,6 +36,7 @@ class TrainingSettings:
     seed: int = 0
     stop_loss: float | None = None
     stop_window: int = 20
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.stop_window < 1:
@@ -40,6 +46,8 @@ class TrainingSettings:
             )
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule: expected 'constant' or 'cosine', got {self.schedule!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
 
@@ -68,12 +76,14 @@ def train(
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     settings: TrainingSettings,
     description: str = "training",
+    plugins: Sequence[TrainingPlugin] = (),
 ) -> TrainingLog:
     """Train the parameters that require a gradient, in place; the model is left in evaluation mode.
 
     ``collate`` turns a list of samples into model inputs with labels. Batches go through the samples in a seeded
-    order, reshuffled at each epoch. Raises ValueError on no samples or nothing to train, FloatingPointError when the
-    loss is not finite.
+    order, reshuffled at each epoch. ``plugins`` may add penalties and change gradients; the losses that are logged, and
+    ``stop_loss``, are without penalties. Raises ValueError on no samples or nothing to train, FloatingPointError when
+    the loss is not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
@@ -85,6 +95,9 @@ def train(
     started = time.perf_counter()
     batches = _batches(samples, settings)
     model.train()
+    for plugin in plugins:
+        plugin.start(model)
+    autocast = PRECISIONS[settings.precision]
     with (
         torch.random.fork_rng(devices=[]),
         tqdm(total=settings.steps, desc=description, disable=not sys.stderr.isatty()) as bar,
@@ -92,16 +105,23 @@ def train(
         torch.manual_seed(settings.seed)  # for dropout, should the model have any
         for _ in range(settings.steps):
             inputs = {name: value.to(device) for name, value in collate(next(batches)).items()}
-            loss = model(**inputs, use_cache=False).loss
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                outputs = model(**inputs, use_cache=False)
+                loss = outputs.loss
+                penalties = [plugin.penalty(model, inputs, outputs) for plugin in plugins]
             log.losses.append(loss.item())
             if not math.isfinite(log.losses[-1]):
                 model.eval()
                 raise FloatingPointError(f"{description}: the loss is {log.losses[-1]} at step {len(log.losses)}")
-            loss.backward()
+            sum((penalty for penalty in penalties if penalty is not None), start=loss).backward()
+            for plugin in plugins:
+                plugin.after_backward(model)
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
+            for plugin in plugins:
+                plugin.after_step(model)
             bar.update()
             bar.set_postfix_str(f"loss {log.losses[-1]:.3f}", refresh=False)
             if settings.stop_loss is not None and len(log.losses) >= settings.stop_window:

@@ -1,0 +1,120 @@
+"""A post-training method on the whole model: Grams before and after a step, then every linear of the decoder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpa_ext.baselines.layer import LayerContext
+from hpa_ext.baselines.registry import Method
+from hpa_ext.baselines.tuning_step import tensor_bytes
+from hpa_ext.calibration import calibrate
+from hpa_ext.errors import NumericalError
+from hpa_ext.gram import GramCollection
+from hpa_ext.hpa.report import LayerReport
+from hpa_ext.models.linears import find_linears
+from hpa_ext.models.structure import layer_depth, unwrap
+
+from .alignment import alignment_directions
+from .data import SequenceData, StepData
+from .encoding import EncodedSample, training_batch
+
+_CALIBRATION_BATCH = 64
+
+
+class PostTraining:
+    """Applies ``method.function(old, new, layer, **options)`` to each linear after each tuning step.
+
+    What tuning and the method left of earlier steps is kept here for the methods that look back.
+    """
+
+    def __init__(self, method: Method, options: dict[str, Any], data: SequenceData, cache: Path | None) -> None:
+        self.method, self.options, self.data, self.cache = method, options, data, cache
+        self._safety: GramCollection | None = None
+        self._initial: dict[str, Tensor] = {}
+        self._updates: dict[str, list[Tensor]] = {}
+        self._seconds, self._records, self._bytes = 0.0, [], 0
+
+    def before(self, model: nn.Module) -> None:
+        """Calibrate the old model on the safety set; for a method that wants it, put the initial weights back first."""
+        began = time.process_time()
+        if "history" in self.method.needs:
+            linears = find_linears(model)
+            if not self._initial:
+                self._initial = {name: linear.base_weight().clone() for name, linear in linears.items()}
+            for name, linear in linears.items():
+                linear.base_weight().copy_(self._initial[name])
+        self._safety = _grams(model, self.data.safety_calibration)
+        self._seconds = time.process_time() - began
+
+    @torch.no_grad()
+    def after(self, model: nn.Module, data: StepData, seed: int) -> nn.Module:
+        """Calibrate the tuned PeftModel on the task, merge, and return the plain model.
+
+        NumericalError, ValueError: from the method, starting with the module's name.
+        """
+        began = time.process_time()
+        task = _grams(model, data.calibration)
+        alignment = alignment_directions(self.data, self.cache) if "alignment" in self.method.needs else {}
+        linears = find_linears(model)
+        merged, self._records = {}, []
+        for name, linear in linears.items():
+            old, new = linear.base_weight().clone(), linear.weight()
+            layer = LayerContext(
+                name=name,
+                depth=layer_depth(unwrap(model), name),
+                safety=self._safety[name],
+                task=task[name],
+                initial=self._initial.get(name),
+                earlier_updates=tuple(self._updates.get(name, ())),
+                alignment=alignment.get(name),
+                seed=seed,
+                records=self._records,
+            )
+            try:
+                merged[name] = self.method.function(old, new, layer, **self.options)
+            except NumericalError as error:
+                raise error.in_module(name) from error
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            if "history" in self.method.needs:
+                self._updates.setdefault(name, []).append(new - old)
+        for name, linear in linears.items():
+            linear.base_weight().copy_(merged[name])
+        kept = [*self._initial.values(), *(update for updates in self._updates.values() for update in updates)]
+        grams = [gram.state_dict()["sum"] for c in (self._safety, task) for gram in c.distinct().values()]
+        self._bytes = tensor_bytes([*grams, *kept, *alignment.values()])
+        plain = model.unload()
+        self._seconds += time.process_time() - began
+        return plain
+
+    def measured(self) -> dict[str, Any]:
+        """Seconds and bytes that the method took in the last step, and what it reported of the layers."""
+        found: dict[str, Any] = {"method_seconds": self._seconds, "method_bytes": self._bytes}
+        reports = [record for record in self._records if isinstance(record, LayerReport)]
+        if reports:
+            found["layers"] = _summary(reports)
+        return found
+
+
+def _grams(model: nn.Module, samples: list[EncodedSample]) -> GramCollection:
+    batches = [
+        training_batch(samples[start : start + _CALIBRATION_BATCH])
+        for start in range(0, len(samples), _CALIBRATION_BATCH)
+    ]
+    return calibrate(model, batches, progress=False)
+
+
+def _summary(reports: list[LayerReport]) -> dict[str, list[float]]:
+    """What the pictures of the report need, a value for each linear, in few bytes."""
+    return {
+        "columns": [len(report.retained) for report in reports],
+        "retained": [report.retained_count for report in reports],
+        "safety": [int(report.safety_columns.sum()) for report in reports],
+        "shared": [report.shared_count for report in reports],
+        "alpha": [round(report.alpha, 3) for report in reports],
+    }
