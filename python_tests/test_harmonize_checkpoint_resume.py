@@ -14,10 +14,10 @@ from checkpoint_files import contents, in_a_child
 from harmonize_inputs import make_inputs
 
 import hpa_ext
-from hpa_ext.checkpoints import CheckpointError, room, verify_checkpoint
+from hpa_ext.checkpoints import CheckpointError, RunningDigest, room, verify_checkpoint
 from hpa_ext.checkpoints.journal import Journal
 from hpa_ext.checkpoints.writer import ShardedWriter
-from hpa_ext.hpa.checkpoint import estimate, harmonize_checkpoint, merge, plan_checkpoint
+from hpa_ext.hpa.checkpoint import estimate, harmonize_checkpoint, merge, pieces, plan_checkpoint
 from hpa_ext.hpa.checkpoint.grams import fingerprint_of
 from hpa_ext.hpa.checkpoint.progress import Interrupted
 
@@ -276,3 +276,63 @@ def test_grams_that_need_float64_are_reported_alike(tmp_path):
     )
     assert any(layer.precision_bits["safety"] == 64 for layer in report.layers.values())
     assert report.to_dict() == expected.to_dict()
+
+
+def test_small_pieces_and_units_give_the_same_bytes(inputs, whole, tmp_path, monkeypatch):
+    """Tensors that are copied in many pieces, and layers that are many units."""
+    monkeypatch.setattr(pieces, "COPY_BYTES", 1000)
+    monkeypatch.setattr(pieces, "_UNIT_BYTES", 5000)
+    appended = []
+    append = Journal.append
+    monkeypatch.setattr(
+        Journal, "append", lambda self, key, payload=None: (appended.append(key), append(self, key, payload))[1]
+    )
+    run(inputs, tmp_path / "out")
+    assert contents(tmp_path / "out") == whole["checkpoint"]
+    assert len([key for key in appended if not key.startswith("gram:")]) > 20
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"), [(ShardedWriter, "sync"), (ShardedWriter, "write_bytes"), (RunningDigest, "advance")]
+)
+@pytest.mark.parametrize("from_the_end", [False, True])
+def test_what_fails_in_another_thread_is_raised(inputs, whole, tmp_path, monkeypatch, owner, method, from_the_end):
+    original = getattr(owner, method)
+    calls = [0]
+
+    def counting(self, *args, **kwargs):
+        calls[0] += 1
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, counting)
+        run(inputs, tmp_path / "counted")
+    # Those that come last in the run, when nothing else is waited for; the masks are written after them.
+    fatal = calls[0] - 75 if from_the_end and method == "write_bytes" else calls[0] - 3 if from_the_end else 2
+    calls[0] = 0
+
+    def failing(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] == fatal:
+            raise OSError(errno.EIO, "made to fail")
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, failing)
+        with pytest.raises(OSError, match="made to fail"):
+            run(inputs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run(inputs, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == whole["checkpoint"]
+
+
+def test_a_unit_is_on_the_disk_before_the_journal_says_so(inputs, tmp_path, monkeypatch):
+    events = []
+    sync, append = ShardedWriter.sync, Journal.append
+    monkeypatch.setattr(ShardedWriter, "sync", lambda self, names: (events.append("sync"), sync(self, names))[1])
+    monkeypatch.setattr(
+        Journal, "append", lambda self, key, payload=None: (events.append(key), append(self, key, payload))[1]
+    )
+    run(inputs, tmp_path / "out")
+    units = [i for i, event in enumerate(events) if event != "sync" and not event.startswith("gram:")]
+    assert units and all(events[i - 1] == "sync" for i in units)
