@@ -27,6 +27,10 @@ class Unsupported(Exception):
 
 
 _SKIPPED = "skipped: "
+needs_gloo = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here"
+)
+
 _PRELOADED = ("pytest", "transformers.models.llama.modeling_llama", "peft")
 
 
@@ -63,6 +67,23 @@ def run_checks(module_name: str, processes: int, directory: Path) -> dict[str, l
     files = [directory / f"{rank}.json" for rank in range(processes)]
     outcomes = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     return {name: [told.get(name, ended) for told in outcomes] for name in check_names(module_name, processes)}
+
+
+def outcomes_fixture(module_name: str):
+    """A fixture: ``outcomes(processes)`` runs the checks of a module once, and keeps what was told of each."""
+
+    @pytest.fixture(scope="module")
+    def outcomes(tmp_path_factory):
+        kept: dict[int, dict[str, list[str]]] = {}
+
+        def of(processes: int) -> dict[str, list[str]]:
+            if processes not in kept:
+                kept[processes] = run_checks(module_name, processes, tmp_path_factory.mktemp(f"processes{processes}"))
+            return kept[processes]
+
+        return of
+
+    return outcomes
 
 
 def judge(outcome: list[str]) -> None:

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import torch.distributed
-from process_group import check_names, judge, run_checks
+from process_group import check_names, judge, needs_gloo, outcomes_fixture
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch has no gloo here"
-)
+pytestmark = needs_gloo
 
 MODULE = "sharded_layer_checks"
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    kept = {}
-
-    def of(processes):
-        if processes not in kept:
-            kept[processes] = run_checks(MODULE, processes, tmp_path_factory.mktemp(f"processes{processes}"))
-        return kept[processes]
-
-    return of
+outcomes = outcomes_fixture(MODULE)
 
 
 @pytest.mark.parametrize("check", check_names(MODULE, 2))
