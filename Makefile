@@ -24,7 +24,7 @@ $(BIN)/python:
 
 $(VENV)/.dependencies: constraints.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools pybind11 cmake ninja \
-	  torch transformers peft accelerate safetensors numpy pillow matplotlib tqdm pytest ruff clang-format
+	  torch transformers peft accelerate safetensors numpy pillow matplotlib pyyaml tqdm pytest ruff clang-format
 	@touch $@
 
 # Editable, so that Python sources need no new install; the native module is built again when its sources change.
