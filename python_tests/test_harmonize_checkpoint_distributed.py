@@ -13,7 +13,7 @@ import torch.distributed as dist
 from checkpoint_files import contents
 from harmonize_inputs import make_inputs
 
-from hpa_ext.checkpoints import partial_directory
+from hpa_ext.checkpoints import ShardedWriter, partial_directory
 from hpa_ext.hpa.checkpoint import harmonize_checkpoint, merge
 from hpa_ext.hpa.checkpoint.reduce import share
 from hpa_ext.processes import Processes, torchrun_processes
@@ -140,3 +140,14 @@ def test_wrong_input_is_refused_on_every_process(inputs, tmp_path):
     told = on_processes(2, tmp_path / "ranks", lambda rank: harmonize_checkpoint(**arguments, progress=False))
     assert all("missing.safetensors" in text for text in told)
     assert not partial_directory(tmp_path / "out").exists()
+
+
+def test_a_process_that_cannot_open_the_files_holds_up_nobody(inputs, tmp_path, monkeypatch):
+    def refused(self):
+        raise OSError("made to fail")
+
+    monkeypatch.setattr(ShardedWriter, "open", refused)  # rank 0 makes the files, the others open them
+    arguments = inputs.arguments() | {"out": tmp_path / "out", "progress": False}
+    told = on_processes(2, tmp_path / "ranks", lambda rank: harmonize_checkpoint(**arguments))
+    assert "process 1 of 2 failed: OSError: made to fail" in told[0]
+    assert told[1] == "OSError: made to fail"

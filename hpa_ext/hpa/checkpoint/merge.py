@@ -12,19 +12,17 @@ from hpa_ext.checkpoints.buffers import Buffers
 from hpa_ext.checkpoints.writer import ShardedWriter
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram import GramPair
-from hpa_ext.gram_diagonal import GramDiagonal
 from hpa_ext.hpa.checkpoint.job import Job
 from hpa_ext.hpa.checkpoint.keeper import Keeper
 from hpa_ext.hpa.checkpoint.pieces import Piece, Unit
 from hpa_ext.hpa.checkpoint.pipeline import run_pipeline
 from hpa_ext.hpa.checkpoint.progress import Progress
 from hpa_ext.hpa.checkpoint.records import report_record
+from hpa_ext.hpa.checkpoint.work import Diagonals
 from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.hpa.plan import LayerPlan, plan_update
 from hpa_ext.hpa.report import LayerReport
 from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
-
-Diagonals = Mapping[str, Mapping[str, GramDiagonal]]
 
 
 @dataclass

@@ -19,6 +19,7 @@ from hpa_ext.hpa.checkpoint.journals import finished_by_all, own_journal
 from hpa_ext.hpa.checkpoint.progress import Interrupted, Progress
 from hpa_ext.hpa.checkpoint.records import report_of
 from hpa_ext.hpa.checkpoint.reduce import reduce_grams
+from hpa_ext.hpa.checkpoint.work import Work
 from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.report import LayerReport, ModelReport, report_warnings
 from hpa_ext.processes import Processes
@@ -106,7 +107,7 @@ def carry_out(
             finished = finished_by_all(journal, processes)
             diagonals = reduce_grams(job, finished, journal, processes, device, bars)
             write = write_checkpoint_output if job.output == "checkpoint" else write_adapter_output
-            reports = write(job, partial, out, identity, diagonals, finished, journal, processes, device, bars)
+            reports = write(Work(job, partial, out, identity, diagonals, finished, journal, processes, device, bars))
         return _model_report(job, reports)
     finally:
         bars.close()
