@@ -24,6 +24,8 @@ class LayerContext:
         initial: the weight before the first step of the sequence ``[out, in]``.
         earlier_updates: what tuning added at each earlier step, ``[out, in]`` each, oldest first.
         alignment: aligned minus unaligned weight ``[out, in]``; None where nobody has the unaligned model.
+        earlier: the sum of the task Grams of all earlier steps ``[in, in]``, as far as they were kept; None at the
+            first step, and for a method that does not want it.
         seed: for methods that draw, different for each step; the same for a rerun.
         records: a method may append what it wants reported (HPA's `LayerReport`).
     """
@@ -35,6 +37,7 @@ class LayerContext:
     initial: Tensor | None = None
     earlier_updates: tuple[Tensor, ...] = ()
     alignment: Tensor | None = None
+    earlier: Tensor | None = None
     seed: int = 0
     records: list[Any] = field(default_factory=list)
 

@@ -35,7 +35,9 @@ class Method:
         grid: values of it that are tried, the source's own among them where it has one.
         group: "main", "ablation" or "control": the first stands in the main table, the others in that of HPA's parts.
         needs: what a post-training function wants beside Grams: "alignment"; "history" for `initial` and
-            `earlier_updates`, every step then being tuned from the initial weights, as for adding task vectors.
+            `earlier_updates`, every step then being tuned from the initial weights, as for adding task vectors;
+            "earlier-grams" for `earlier`, kept in the form of its settings memory and memory_rank; "sequential" for
+            Grams of each decoder layer taken when the layers below it are merged already.
     """
 
     name: str
