@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,21 @@ def gram(x: Tensor) -> Gram:
 
 
 def least_squares(
-    update: Tensor, protected: list[Tensor], task: Tensor, strength: float, damping: float = 0.01
+    update: Tensor,
+    safety: Tensor,
+    task: Tensor,
+    strength: float,
+    damping: float = 0.01,
+    *,
+    earlier: Sequence[Tensor] = (),
+    earlier_strength: float = 0.0,
 ) -> Tensor:
-    """``argmin_X E_t |(X - D) x|^2 + mu sum_p E_p |X x|^2``, each set damped, as one stacked system ``[n, in]``."""
+    """``argmin_X E_t |(X - D) x|^2 + mu E_s |X x|^2 + nu sum_e E_e |X x|^2``, each set damped, stacked ``[n, in]``."""
     update = update.double()
     blocks, targets = [], []
-    for x, weight, target in [(task, 1.0, update), *((p, strength, torch.zeros_like(update)) for p in protected)]:
+    zero = torch.zeros_like(update)
+    terms = [(task, 1.0, update), (safety, strength, zero), *((x, earlier_strength, zero) for x in earlier)]
+    for x, weight, target in terms:
         rows = x.double() * (2 * weight / len(x)) ** 0.5
         ridge = (weight * damping * 2 * x.double().square().sum(0).mean() / len(x)) ** 0.5
         for block in (rows, ridge * torch.eye(x.shape[1], dtype=torch.float64)):

@@ -52,7 +52,7 @@ def test_settings_from_a_file_and_a_finished_output(files, tmp_path, capsys):
     assert main(command) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["config"]["budget"] == 0.2 and values["config"]["tolerance"] == 0.02
-    assert all(0.196 <= layer["reached"] <= 0.2 for layer in values["layers"].values())
+    assert all(0.196 <= layer["safety_left"] <= 0.2 for layer in values["layers"].values())
     assert main(command) == 2 and "new or empty directory" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert json.loads(capsys.readouterr().out) == values

@@ -55,7 +55,7 @@ class Setting:
 def test_it_is_the_least_squares_solution(case, strength):
     setting = Setting(**CASES[case])
     ours, report = setting.run(strength=strength)
-    exact = least_squares(setting.update, [setting.safety], setting.task, strength)
+    exact = least_squares(setting.update, setting.safety, setting.task, strength)
     error = (ours.double() - setting.old.double() - exact).norm() / setting.update.norm()
     assert error < 2e-5
     assert report.strength == strength and report.budget is None and report.precision_bits in (32, 64)
@@ -63,7 +63,7 @@ def test_it_is_the_least_squares_solution(case, strength):
 
 def test_in_float64_to_many_digits():
     setting = Setting(width=15, safety_count=8)
-    exact = least_squares(setting.update, [setting.safety], setting.task, 0.7)
+    exact = least_squares(setting.update, setting.safety, setting.task, 0.7)
     matrices = [x.double().mT @ x.double() * (2 / len(x)) for x in (setting.safety, setting.task)]
     ours = hpa_ext.harmonize(
         setting.old.double(), setting.new.double(), tuple(matrices), config=CompromiseConfig(strength=0.7)
@@ -72,17 +72,51 @@ def test_in_float64_to_many_digits():
     assert (ours - setting.old.double() - exact).norm() / exact.norm() < 1e-11
 
 
-def test_earlier_tasks_are_protected_like_the_safety_set():
+@pytest.mark.parametrize(("strength", "earlier_strength"), [(2.0, 0.1), (0.01, 5.0), (0.0, 0.3), (1.0, 0.0)])
+def test_earlier_tasks_are_protected_by_their_own_strength(strength, earlier_strength):
     setting = Setting(width=15, safety_count=8)
     others = [activations(20, 15, seed) for seed in (11, 12)]
-    ours, report = setting.run(strength=2.0, earlier=[gram(x) for x in others])
-    exact = least_squares(setting.update, [setting.safety, *others], setting.task, 2.0)
+    settings = {"strength": strength, "earlier_strength": earlier_strength}
+    ours, report = setting.run(**settings, earlier=[gram(x) for x in others])
+    exact = least_squares(
+        setting.update, setting.safety, setting.task, strength, earlier=others, earlier_strength=earlier_strength
+    )
     assert (ours.double() - setting.old.double() - exact).norm() / exact.norm() < 2e-5
-    assert report.protected_count == 3
-    whole = sum(change(x, setting.update) for x in (setting.safety, *others))
-    left = sum(change(x, ours.double() - setting.old.double()) for x in (setting.safety, *others))
-    assert report.reached == pytest.approx(left / whole, rel=1e-4)
-    assert report.safety_left != pytest.approx(report.reached, rel=0.05)
+    assert report.earlier_count == 2 and report.strength == strength
+    whole = sum(change(x, setting.update) for x in others)
+    left = sum(change(x, ours.double() - setting.old.double()) for x in others)
+    assert report.earlier_left == pytest.approx(left / whole, rel=1e-4)
+    without = setting.run(**settings)[1]
+    assert without.earlier_left is None and without.earlier_count == 0
+
+
+def test_a_budget_bounds_the_safety_set_with_earlier_tasks_protected_beside_it():
+    setting = Setting(width=15, safety_count=8)
+    others = [gram(activations(40, 15, seed)) for seed in (11, 12)]
+    ours, report = setting.run(budget=0.05, earlier=others)
+    assert 0.0495 <= report.safety_left <= 0.05
+    plain, bare = setting.run(budget=0.05)
+    assert report.earlier_left < left_of(setting, plain, others) and report.task_lost > bare.task_lost
+    # The strength that was found is the multiplier: it gives the same weight.
+    same, _ = setting.run(strength=report.strength, earlier=others)
+    assert (same - ours).norm() <= 1e-5 * setting.update.norm()
+
+
+def left_of(setting, weight, grams):
+    """What a weight leaves of tuning's change on earlier tasks."""
+    total = sum(one.matrix().double() for one in grams)
+    update = weight.double() - setting.old.double()
+    return float(torch.trace(update @ total @ update.mT) / torch.trace(setting.update @ total @ setting.update.mT))
+
+
+def test_a_budget_that_the_earlier_tasks_hold_already_takes_no_strength():
+    setting = Setting(width=15, safety_count=30)
+    ours, report = setting.run(budget=0.5, earlier=[gram(setting.safety)], earlier_strength=100.0)
+    assert report.strength == 0 and report.safety_left < 0.5 and report.evaluations == 2
+    exact = least_squares(
+        setting.update, setting.safety, setting.task, 0.0, earlier=[setting.safety], earlier_strength=100.0
+    )
+    assert (ours.double() - setting.old.double() - exact).norm() / setting.update.norm() < 2e-5
 
 
 @pytest.mark.parametrize("budget", [0.9, 0.3, 0.05, 1e-3])
@@ -92,7 +126,7 @@ def test_a_budget_is_held_and_hardly_more_than_held(case, budget):
     ours, report = setting.run(budget=budget)
     left = change(setting.safety, ours.double() - setting.old.double()) / change(setting.safety, setting.update)
     assert 0.985 * budget < left <= 1.0005 * budget  # the weights are float32
-    assert 0.99 * budget <= report.reached <= budget
+    assert 0.99 * budget <= report.safety_left <= budget
     # The strength that was found is the multiplier: it gives the same weight.
     same, _ = setting.run(strength=report.strength)
     assert (same - ours).norm() <= 1e-5 * setting.update.norm()
@@ -105,7 +139,6 @@ def test_the_shares_are_those_of_output_change():
     found = OutputChange.of(setting.old, setting.new, ours, setting.pair.safety.matrix(), setting.pair.task.matrix())
     assert report.safety_left == pytest.approx(found.safety_left, rel=1e-3)
     assert report.task_lost == pytest.approx(found.task_lost, rel=1e-3)
-    assert report.reached == report.safety_left
 
 
 def test_no_other_update_within_the_budget_is_closer_to_the_tuned_outputs():
@@ -133,7 +166,7 @@ def test_ends_are_the_very_bits(dtype):
         assert ours.data_ptr() != setting.new.data_ptr() and report.precision_bits == 0
     ours, report = setting.run(budget=0)
     assert_same_bits(ours, setting.old)
-    assert (report.strength, report.reached, report.task_lost) == (math.inf, 0, 1)
+    assert (report.strength, report.safety_left, report.task_lost) == (math.inf, 0, 1)
 
 
 @pytest.mark.parametrize("settings", [{"strength": 3.0}, {"budget": 0.05}, {"strength": 0.0}])
@@ -143,7 +176,7 @@ def test_no_update_stays_no_update(settings):
     setting.new[0, 0] = setting.old[0, 0] = -0.0
     ours, report = setting.run(**settings)
     assert_same_bits(ours, setting.old)
-    assert report.reached is None and report.task_lost is None and report.update_norm == report.kept_norm == 0
+    assert report.safety_left is None and report.task_lost is None and report.update_norm == report.kept_norm == 0
     assert "nothing was harmonized" in report_warnings({"x": report}, CompromiseConfig())[0]
 
 
@@ -154,7 +187,7 @@ def test_an_update_that_safety_does_not_see_is_kept():
     setting.new[:, [2, 5]] += 1
     ours, report = setting.run(budget=0.01)
     assert_same_bits(ours, setting.new)
-    assert report.reached is None and report.task_lost == 0 and report.strength == 0
+    assert report.safety_left is None and report.task_lost == 0 and report.strength == 0
 
 
 def test_a_huge_strength_restores_the_old_weight():
@@ -177,7 +210,7 @@ def test_without_damping_of_safety_the_update_is_projected_onto_what_safety_does
 def test_narrow_weights_are_rounded_once(dtype):
     setting = Setting(dtype=dtype, safety_count=8)
     ours, _ = setting.run(strength=0.5)
-    exact = setting.old.double() + least_squares(setting.update, [setting.safety], setting.task, 0.5)
+    exact = setting.old.double() + least_squares(setting.update, setting.safety, setting.task, 0.5)
     assert ours.dtype == dtype
     steps = (ours.double() - exact).abs() / exact.abs().clamp(min=1e-3)
     assert steps.max() <= 0.51 * torch.finfo(dtype).eps
@@ -190,12 +223,12 @@ def test_a_lora_changes_its_a_alone(settings):
     grams = read_full_grams(setting.pair, 12, torch.device("cpu"))
     found = Compromise(grams, CompromiseConfig(**settings)).solve(UpdateRows.of_lora(a, b, 0.25))
     assert found.rows.shape == a.shape
-    exact = least_squares(0.25 * b @ a, [setting.safety], setting.task, found.strength)
+    exact = least_squares(0.25 * b @ a, setting.safety, setting.task, found.strength)
     ours = 0.25 * b.double() @ found.rows.double()
     assert (ours - exact).norm() / exact.norm() < 2e-5
     dense = Compromise(grams, CompromiseConfig(**settings)).solve(UpdateRows(0.25 * b @ a))
     assert found.strength == pytest.approx(dense.strength, rel=1e-3)
-    for name in ("reached", "safety_left", "task_lost"):
+    for name in ("safety_left", "task_lost"):
         assert getattr(found, name) == pytest.approx(getattr(dense, name), rel=1e-3)
 
 
@@ -229,7 +262,7 @@ def test_a_weak_factor_is_made_again_in_float64():
     setting = Setting(width=40, safety_count=5, rank=5)
     ours, report = setting.run(strength=1.0, damping=1e-6)
     assert report.precision_bits == 64 and report.damping_used == {"safety": 1e-6, "task": 1e-6}
-    exact = least_squares(setting.update, [setting.safety], setting.task, 1.0, damping=1e-6)
+    exact = least_squares(setting.update, setting.safety, setting.task, 1.0, damping=1e-6)
     kept = ours.double() - setting.old.double()
     # The Grams themselves are float32, which moves directions that neither set has; the outputs agree.
     assert change(setting.task, kept - exact) < 1e-8 * change(setting.task, setting.update)
@@ -364,8 +397,8 @@ def test_reports_are_plain_values_and_a_table():
     for name, report in reports.items():
         assert CompromiseLayerReport.from_dict(values["layers"][name]) == report
     lines = str(whole).splitlines()
-    assert lines[0].split()[:4] == ["module", "strength", "budget", "reached"]
-    assert lines[3].split()[:5] == ["layers.1.q", "inf", "0.0000", "0.0000", "0.0000"]
+    assert lines[0].split()[:4] == ["module", "strength", "budget", "safety"]
+    assert lines[3].split()[:6] == ["layers.1.q", "inf", "0.0000", "0.0000", "-", "1.0000"]
     assert lines[-2:] == ["not covered: x", "warning: mind"] and len(whole) == 3 and whole["layers.0.q"].budget == 0.1
 
 

@@ -67,7 +67,7 @@ def test_a_alone_changes_and_to_the_closed_form(made, tmp_path):
         assert error < (2e-5 if after[a].dtype == torch.float32 else 0.51 * 2**-7)
         assert after[a].dtype == before[a].dtype
         # Whatever B and the scaling are: the update is B A of the closed form for the whole update.
-        assert report[name].strength == 0.5 and report[name].protected_count == 1
+        assert report[name].strength == 0.5 and report[name].earlier_count == 0
 
 
 def test_a_budget_counts_b_and_is_held_for_each_module(made, tmp_path):
@@ -78,8 +78,8 @@ def test_a_budget_counts_b_and_is_held_for_each_module(made, tmp_path):
         safety = made.safety[name].matrix().double()
         new, old = (before[b].double() @ tensors[a].double() for tensors in (after, before))
         left = torch.trace(new @ safety @ new.mT) / torch.trace(old @ safety @ old.mT)
-        assert layer.reached == pytest.approx(float(left), rel=2e-2 if before[a].dtype == torch.bfloat16 else 1e-4)
-        assert 0.099 <= layer.reached <= 0.1
+        assert layer.safety_left == pytest.approx(float(left), rel=2e-2 if before[a].dtype == torch.bfloat16 else 1e-4)
+        assert 0.099 <= layer.safety_left <= 0.1
         scaling = scaling_of(made.config(), name)
         assert layer.update_norm == pytest.approx(float(old.norm()) * scaling, rel=1e-4)
 
@@ -158,8 +158,8 @@ def test_gram_files_and_mappings_give_the_same_bytes(plain, tmp_path):
     one = harmonize_adapter(plain.adapter, *files[:2], tmp_path / "a", earlier=[files[2]], progress=False)
     two = run(plain, tmp_path / "b", None, earlier=[other])
     assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
-    assert one.layers == two.layers and all(layer.protected_count == 2 for layer in one.layers.values())
-    assert all(0.0495 <= layer.reached <= 0.05 for layer in one.layers.values())
+    assert one.layers == two.layers and all(layer.earlier_count == 1 for layer in one.layers.values())
+    assert all(0.0495 <= layer.safety_left <= 0.05 for layer in one.layers.values())
 
 
 def test_modules_with_one_input_share_a_factor(plain, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_linears_with_one_input_share_a_factor(monkeypatch):
 def test_a_budget_is_held_in_every_linear():
     old, new, safety, task = tiny_models.setting(tiny_models.llama)
     report = harmonize_model(old, new, safety, task, CompromiseConfig(budget=0.1), progress=False)
-    assert all(0.099 <= layer.reached <= 0.1 for layer in report.layers.values())
+    assert all(0.099 <= layer.safety_left <= 0.1 for layer in report.layers.values())
 
 
 def test_the_config_says_which_method():
@@ -80,7 +80,7 @@ def test_earlier_tasks_by_name():
         earlier=[other[name]],
     )  # fmt: skip
     assert torch.equal(new.state_dict()[f"{name}.weight"], expected)
-    assert all(layer.protected_count == 2 for layer in report.layers.values())
+    assert all(layer.earlier_count == 1 for layer in report.layers.values())
 
 
 def test_a_lora_is_absorbed():

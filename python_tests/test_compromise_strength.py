@@ -81,5 +81,5 @@ def test_against_the_generalised_eigendecomposition():
     def share(mu):
         return float((modes / (1 + mu * values) ** 2).sum() / modes.sum())
 
-    assert share(report.strength) == pytest.approx(report.reached, rel=1e-5)
+    assert share(report.strength) == pytest.approx(report.safety_left, rel=1e-5)
     assert 0.07 * (1 - 1e-4) <= share(report.strength) <= 0.07

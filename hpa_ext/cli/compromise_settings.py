@@ -16,6 +16,7 @@ _HELP = {
     "budget": "share of what tuning changed on the safety set that may be left, for each linear",
     "damping": "added to each Gram, relative to the mean of its diagonal",
     "safety_damping": "the same for the Grams of the safety set and of earlier tasks, where it shall be another",
+    "earlier_strength": "nu, what a change on an earlier task's samples costs against one on the task set",
     "tolerance": "how far below its budget a linear may end, as a share of the budget",
     "rescue": "what may be done when the Grams do not factor: damping, precision or none",
 }

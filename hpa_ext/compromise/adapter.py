@@ -63,7 +63,7 @@ def harmonize_adapter(
         task: Grams of the task set through the model with the adapter.
         out: directory to make; must not exist, or be empty. Until it is complete its contents are in ``<out>.partial``.
         config: settings; None for the defaults.
-        earlier: Grams of earlier tasks, protected like the safety set.
+        earlier: Grams of earlier tasks, protected by ``config.earlier_strength``.
         base: the model that the adapter belongs to, or its directory, of which ``config.json`` alone is read: needed
             for the names of other generations of transformers. None: the names in the file are the Grams'.
         modules: a regular expression that must match a whole module name, or names; None for every module of the

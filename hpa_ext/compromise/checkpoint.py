@@ -52,7 +52,7 @@ def harmonize_checkpoint(
         old, new, safety, task, out, old_adapters, modules, resume, device, progress: as for
             `hpa_ext.hpa.checkpoint.harmonize_checkpoint`; the Grams must be whole ones.
         config: settings; None for the defaults.
-        earlier: Grams of earlier tasks, protected like the safety set.
+        earlier: Grams of earlier tasks, protected by ``config.earlier_strength``.
         output: "checkpoint" for a whole model. "adapter" for what `harmonize_adapter` makes of `new`, an adapter; the
             names are then those of `old`, of which nothing else is read.
 

@@ -12,10 +12,13 @@ from hpa_ext.ops.inverse_diagonal import RESCUES
 DEFAULT_BUDGET = 0.05
 """Share of tuning's change on the safety set that is left when neither a strength nor a budget is given."""
 
+DEFAULT_EARLIER_STRENGTH = 0.1
+"""nu, for the Grams of earlier tasks."""
+
 
 @dataclass(frozen=True)
 class CompromiseConfig:
-    """Settings of the compromise ``W_old + D H_t (H_t + mu H_s)^-1``; either the strength or the budget is in force.
+    """Settings of the compromise ``W_old + D H_t (H_t + mu H_s + nu H_e)^-1``; strength or budget is in force.
 
     Attributes:
         strength: mu, at least 0: what a change of the outputs on the safety set costs against one on the task set.
@@ -27,6 +30,9 @@ class CompromiseConfig:
         damping: added to each Gram, relative to the mean of its diagonal.
         safety_damping: the same for the protected Grams (safety, earlier tasks) alone; None: `damping`. With 0 and a
             large strength the update is projected onto what the safety activations do not span.
+        earlier_strength: nu, at least 0: what a change of the outputs on the samples of an earlier task costs against
+            one on the task set, where Grams of earlier tasks are given (``H_e`` is their sum). It is in force beside a
+            budget, too, which bounds the change on the safety set alone.
         tolerance: how far below its budget a linear may end, as a share of the budget; in (0, 1).
         rescue: what may be done when float32 does not suffice: "damping" (float64, then ten times more damping at a
             time up to 1), "precision" (float64 alone) or "none". What was done is in the report.
@@ -36,6 +42,7 @@ class CompromiseConfig:
     budget: float | None = None
     damping: float = 0.01
     safety_damping: float | None = None
+    earlier_strength: float = DEFAULT_EARLIER_STRENGTH
     tolerance: float = 0.01
     rescue: str = "damping"
 
@@ -48,9 +55,9 @@ class CompromiseConfig:
             )
         if self.strength is None and self.budget is None:
             object.__setattr__(self, "budget", DEFAULT_BUDGET)
-        for name in ("strength", "budget", "damping", "safety_damping", "tolerance"):
+        for name in ("strength", "budget", "earlier_strength", "damping", "safety_damping", "tolerance"):
             value = getattr(self, name)
-            if value is None and name not in ("damping", "tolerance"):
+            if value is None and name in ("strength", "budget", "safety_damping"):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}: expected a finite number, at least 0, got {value!r}")

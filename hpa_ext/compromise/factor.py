@@ -1,4 +1,4 @@
-"""The one factorisation that the compromise takes: ``H_t + mu H_s``, damped, in float32 where that suffices."""
+"""The one factorisation that the compromise takes: ``H_t + mu H_s + nu H_e``, damped, in float32 where it suffices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hpa_ext.compromise.config import CompromiseConfig
 from hpa_ext.compromise.grams import CompromiseGrams, mean_diagonal
 from hpa_ext.errors import NumericalError
 
@@ -22,13 +23,14 @@ _FIRST_DAMPING_OF_NONE = 1e-4
 
 @dataclass(frozen=True)
 class Factor:
-    """``S = H_t' + mu H_p'`` of damped Grams as ``D^1/2 L L^T D^1/2``, with ``D = diag S``.
+    """``S = H_t' + mu H_s' + nu H_e'`` of damped Grams as ``D^1/2 L L^T D^1/2``, with ``D = diag S``.
 
     Attributes:
         strength: mu.
         lower: L ``[in, in]``, float32 or float64.
         scaling: ``D^-1/2`` ``[in]``, of the dtype of L.
-        task_damping, protected_damping: relative to the mean of the diagonal, as they were used.
+        task_damping, protected_damping: relative to the mean of the diagonal, as they were used; the second one for the
+            safety set and the earlier tasks.
         rescued: whether more damping was needed than asked for.
     """
 
@@ -50,20 +52,20 @@ class Factor:
         return torch.cholesky_solve(scaled.mT, self.lower).mT * self.scaling
 
 
-def factorize(grams: CompromiseGrams, strength: float, damping: float, safety_damping: float, rescue: str) -> Factor:
-    """Factor ``H_t + mu H_p`` with each Gram damped by ``damping * mean diag(H) I``.
+def factorize(grams: CompromiseGrams, strength: float, config: CompromiseConfig) -> Factor:
+    """Factor ``H_t + mu H_s + nu H_e`` with each Gram damped by ``damping * mean diag(H) I``.
 
     Args:
         strength: mu, finite and at least 0.
-        damping, safety_damping: of the task Gram and of the protected one.
-        rescue: see `CompromiseConfig`.
+        config: for nu, the dampings and the rescue.
 
     Raises:
         NumericalError: not positive definite even after the rescue; ``failing_minor`` is the order of the leading minor
             that is not positive, ``damping`` the last one that was tried.
     """
-    used = damping, safety_damping
-    factor, minor, pivot = _attempt(grams, strength, used, grams.dtype)
+    rescue, asked = config.rescue, dampings_of(config)
+    weights, used = (strength, config.earlier_strength), asked
+    factor, minor, pivot = _attempt(grams, weights, used, grams.dtype)
     # With no rescue allowed a weak factor is taken as it is, as it was asked for.
     weak = minor == 0 and pivot < SMALLEST_FLOAT32_PIVOT and grams.dtype == torch.float32
     if factor is not None and (not weak or rescue == "none"):
@@ -72,17 +74,17 @@ def factorize(grams: CompromiseGrams, strength: float, damping: float, safety_da
     if rescue == "damping":
         more = max(used) * _DAMPING_STEP or _FIRST_DAMPING_OF_NONE
         while more <= _LARGEST_DAMPING:
-            dampings.append((max(more, damping), max(more, safety_damping)))
+            dampings.append((max(more, asked[0]), max(more, asked[1])))
             more *= _DAMPING_STEP
     for used in dampings:
-        factor, minor, _ = _attempt(grams, strength, used, torch.float64)
+        factor, minor, _ = _attempt(grams, weights, used, torch.float64)
         if factor is not None:
-            if used == (damping, safety_damping):
+            if used == asked:
                 return factor
             return Factor(strength, factor.lower, factor.scaling, *used, rescued=True)
     raise NumericalError(
-        f"gram.task + {strength:g} gram.safety is not positive definite: leading minor {minor} fails with damping "
-        f"{used[0]:g} (rescue={rescue!r})",
+        f"gram.task + {strength:g} gram.safety{'' if grams.earlier is None else f' + {weights[1]:g} earlier'} is not "
+        f"positive definite: leading minor {minor} fails with damping {used[0]:g} (rescue={rescue!r})",
         failing_minor=minor,
         damping=used[0],
     )
@@ -94,12 +96,20 @@ def damped_product(rows: Tensor, matrix: Tensor, damping: float) -> Tensor:
     return product.add_(rows.to(matrix.dtype), alpha=damping * mean_diagonal(matrix)) if damping else product
 
 
+def dampings_of(config: CompromiseConfig) -> tuple[float, float]:
+    """Of the task Gram and of the protected ones, as the settings ask for them."""
+    return config.damping, config.damping if config.safety_damping is None else config.safety_damping
+
+
 def _attempt(
-    grams: CompromiseGrams, strength: float, dampings: tuple[float, float], dtype: torch.dtype
+    grams: CompromiseGrams, weights: tuple[float, float], dampings: tuple[float, float], dtype: torch.dtype
 ) -> tuple[Factor | None, int, float]:
     """The factor if there is one, the leading minor that failed (0 for none), and the smallest squared pivot."""
-    total = torch.add(grams.task.to(dtype), grams.protected.to(dtype), alpha=strength)
-    shift = dampings[0] * mean_diagonal(grams.task) + strength * dampings[1] * mean_diagonal(grams.protected)
+    total = torch.add(grams.task.to(dtype), grams.safety.to(dtype), alpha=weights[0])
+    shift = dampings[0] * mean_diagonal(grams.task) + weights[0] * dampings[1] * mean_diagonal(grams.safety)
+    if grams.earlier is not None and weights[1] > 0:
+        total.add_(grams.earlier.to(dtype), alpha=weights[1])
+        shift += weights[1] * dampings[1] * mean_diagonal(grams.earlier)
     total.diagonal().add_(shift)
     diagonal = total.diagonal().clone()
     # A feature that nothing reached, without damping: left at 0, so that its minor is the one that fails.
@@ -112,4 +122,4 @@ def _attempt(
         minor = int((~(lower.diagonal() > 0)).nonzero()[0]) + 1
     if minor:
         return None, minor, 0.0
-    return Factor(strength, lower, scaling, *dampings, rescued=False), 0, pivot
+    return Factor(weights[0], lower, scaling, *dampings, rescued=False), 0, pivot

@@ -25,13 +25,13 @@ class CompromiseGrams:
     Attributes:
         task: of the task set through the new model.
         safety: of the safety set through the old model.
-        protected: `safety`, with the Grams of earlier tasks added: what shall not change. The same tensor without any.
+        earlier: the sum of those of earlier tasks, None without any.
         dead_columns: how many features were zero for every token of the task and of the safety set.
     """
 
     task: Tensor
     safety: Tensor
-    protected: Tensor
+    earlier: Tensor | None
     dead_columns: dict[str, int]
 
     @property
@@ -51,7 +51,7 @@ class CompromiseGrams:
 
     def scale(self) -> float:
         """``mean diag(H_t) / mean diag(H_s)``: the strength at which both sides weigh alike."""
-        return mean_diagonal(self.task) / mean_diagonal(self.protected)
+        return mean_diagonal(self.task) / mean_diagonal(self.safety)
 
 
 def read_full_grams(
@@ -67,7 +67,7 @@ def read_full_grams(
 
     Args:
         gram: a `GramPair` or ``(safety, task)``; each a `Gram` or its matrix ``[in, in]``.
-        earlier: Grams of the same input on earlier tasks' samples, to be protected like the safety set.
+        earlier: Grams of the same input on earlier tasks' samples, to be protected too.
         float64: whether to compute in float64 whatever the matrices are.
         move: whether to move the matrices to the device, instead of refusing those that are elsewhere.
 
@@ -83,11 +83,10 @@ def read_full_grams(
     if wide:
         matrices = {name: matrix.double() for name, matrix in matrices.items()}
     safety, task, *others = matrices.values()
-    protected = safety
-    for other in others:
-        protected = protected + other
     dead = {"safety": int((safety.diagonal() == 0).sum()), "task": int((task.diagonal() == 0).sum())}
-    return CompromiseGrams(task=task, safety=safety, protected=protected, dead_columns=dead)
+    return CompromiseGrams(
+        task=task, safety=safety, earlier=sum(others[1:], others[0]) if others else None, dead_columns=dead
+    )
 
 
 def check_sides(gram: Any, earlier: Any) -> None:

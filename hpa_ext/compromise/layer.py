@@ -41,7 +41,7 @@ def harmonize(
         gram: a `GramPair` or ``(safety, task)``, each a `Gram` or its matrix ``[in, in]``, on the weights' device.
         depth: layer / number of layers; has no part in the compromise.
         config: settings; None for the defaults.
-        earlier: Grams of the layer's input on earlier tasks' samples, protected like the safety set.
+        earlier: Grams of the layer's input on earlier tasks' samples, protected by ``config.earlier_strength``.
         return_report: also return a `CompromiseLayerReport`.
 
     Returns:

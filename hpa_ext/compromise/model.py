@@ -39,7 +39,7 @@ def harmonize_model(
             whole ones, no `GramDiagonal`. A LoRA that is not merged counts and is absorbed into the base weights; if it
             is the only one, and the base that of `model_old`, its A is solved for as in `harmonize_adapter`.
         config: settings; None for the defaults.
-        earlier: Grams by module name of earlier tasks, protected like the safety set.
+        earlier: Grams by module name of earlier tasks, protected by ``config.earlier_strength``.
 
     Returns:
         A `CompromiseReport` with a `CompromiseLayerReport` for each weight. Prints as a table.

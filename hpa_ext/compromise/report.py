@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpa_ext.compromise.config import CompromiseConfig
+from hpa_ext.compromise.factor import dampings_of
 from hpa_ext.compromise.solution import Compromise, Solution
 from hpa_ext.reporting.table import format_table
 
@@ -21,11 +22,11 @@ class CompromiseLayerReport:
         name: the module's name, None for a bare weight.
         strength: mu as it was used; infinite where a budget of 0 restored the old weight.
         budget: the share that was asked for, None with a strength.
-        reached: the share of tuning's mean squared change of outputs that is left on the protected samples (safety and
-            earlier tasks); None if tuning changed none of them.
-        safety_left: the same on the safety set alone.
+        safety_left: the share of tuning's mean squared change of outputs that is left on the safety set, which a budget
+            bounds; None if tuning changed none of them.
+        earlier_left: the same on the earlier tasks' samples; None without any.
         task_lost: the mean squared distance to the tuned outputs on the task set, as a share of tuning's change.
-        protected_count: Grams on the protected side: 1, and one for each earlier task.
+        earlier_count: how many Grams of earlier tasks there were.
         dead_columns: per Gram ("safety", "task"), how many input features were zero for every token.
         damping_used: per Gram; more than asked for only after a rescue.
         precision_bits: of the factorisation, 32 or 64; 0 where none was needed.
@@ -38,10 +39,10 @@ class CompromiseLayerReport:
     name: str | None
     strength: float
     budget: float | None
-    reached: float | None
     safety_left: float | None
+    earlier_left: float | None
     task_lost: float | None
-    protected_count: int
+    earlier_count: int
     dead_columns: dict[str, int]
     damping_used: dict[str, float]
     precision_bits: int
@@ -59,18 +60,17 @@ class CompromiseLayerReport:
     ) -> CompromiseLayerReport:
         """The report of a solution that `compromise` found."""
         factor, config = solution.factor, compromise.config
-        asked = config.damping if config.safety_damping is None else config.safety_damping
-        damping = (asked, config.damping) if factor is None else (factor.protected_damping, factor.task_damping)
+        task, safety = dampings_of(config) if factor is None else (factor.task_damping, factor.protected_damping)
         return cls(
             name=name,
             strength=solution.strength,
             budget=config.budget,
-            reached=solution.reached,
             safety_left=solution.safety_left,
+            earlier_left=solution.earlier_left,
             task_lost=solution.task_lost,
-            protected_count=1 + earlier_count,
+            earlier_count=earlier_count,
             dead_columns=dict(compromise.grams.dead_columns),
-            damping_used=dict(zip(("safety", "task"), damping, strict=True)),
+            damping_used={"safety": safety, "task": task},
             precision_bits=0 if factor is None else factor.precision_bits,
             evaluations=solution.evaluations,
             update_norm=solution.norms[0],
@@ -124,14 +124,14 @@ class CompromiseReport:
         }
 
     def __str__(self) -> str:
-        header = ("module", "strength", "budget", "reached", "safety left", "task lost", "|kept|/|update|", "bits")
+        header = ("module", "strength", "budget", "safety left", "earlier left", "task lost", "|kept|/|update|", "bits")
         rows = [
             (
                 name,
                 f"{layer.strength:.4g}",
                 _share(layer.budget),
-                _share(layer.reached),
                 _share(layer.safety_left),
+                _share(layer.earlier_left),
                 _share(layer.task_lost),
                 f"{layer.kept_norm / layer.update_norm:.3f}" if layer.update_norm > 0 else "-",
                 str(layer.precision_bits or "-"),
@@ -146,8 +146,7 @@ class CompromiseReport:
 
 def report_warnings(reports: Mapping[str, CompromiseLayerReport], config: CompromiseConfig) -> list[str]:
     """One line for each kind of rescue, and one if there was nothing to do."""
-    asked = {"safety": config.damping if config.safety_damping is None else config.safety_damping}
-    asked["task"] = config.damping
+    asked = dict(zip(("task", "safety"), dampings_of(config), strict=True))
     events = {
         "needed more damping": [
             name for name, one in reports.items() if any(one.damping_used[kind] > asked[kind] for kind in asked)

@@ -1,10 +1,11 @@
 """The compromise for one linear: tensors in, tensors out.
 
-``min_X tr((X - D) H_t (X - D)^T) + mu tr(X H_p X^T)`` over updates X of ``W_old`` has the solution
-``X = D H_t (H_t + mu H_p)^-1`` (RegMean's form; Jin et al., ICLR 2023), D being what tuning added, both Grams damped.
-It multiplies D from the right, so of a LoRA update ``D = s B A`` it changes A alone: ``A H_t (H_t + mu H_p)^-1``, of
-the same rank. A budget bounds the second trace and mu is its multiplier, so that no other update within it is closer to
-the tuned outputs (but for the damping, which the budget leaves out).
+``min_X tr((X - D) H_t (X - D)^T) + mu tr(X H_s X^T) + nu tr(X H_e X^T)`` over updates X of ``W_old`` has the solution
+``X = D H_t (H_t + mu H_s + nu H_e)^-1`` (RegMean's form; Jin et al., ICLR 2023), D being what tuning added and H_e the
+sum of earlier tasks' Grams; all Grams damped. It multiplies D from the right, so of a LoRA update ``D = s B A`` it
+changes A alone, ``A H_t (H_t + mu H_s + nu H_e)^-1``, of the same rank. A budget bounds the second trace and mu is its
+multiplier, so that no other update within it has a smaller sum of the other two (but for the damping, which the budget
+leaves out).
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class Solution:
     Attributes:
         rows: ``[k, in]``, in place of `UpdateRows.rows`; that very tensor if nothing changed.
         strength: mu; infinite for a budget of 0.
-        reached: ``tr(X H_p X^T) / tr(D H_p D^T)``, what the budget bounds; None if tuning changed no output there.
-        safety_left: the same for the safety set alone, without earlier tasks.
+        safety_left: ``tr(X H_s X^T) / tr(D H_s D^T)``, what a budget bounds; None if tuning changed no output there.
+        earlier_left: the same with H_e; None without earlier tasks, too.
         task_lost: ``tr((X - D) H_t (X - D)^T) / tr(D H_t D^T)``; None if tuning changed no output there.
         norms: Frobenius norms of the update before and after.
         evaluations: how many strengths were tried, each one factorisation unless the last update had the same strength.
@@ -80,8 +81,8 @@ class Solution:
 
     rows: Tensor
     strength: float
-    reached: float | None
     safety_left: float | None
+    earlier_left: float | None
     task_lost: float | None
     norms: tuple[float, float]
     evaluations: int
@@ -121,26 +122,38 @@ class Compromise:
             return self._solve(UpdateRows(update.rows.to(self.grams.dtype), update.metric), update.rows, start)
 
     def _solve(self, update: UpdateRows, given: Tensor, start: float | None) -> Solution:
-        grams = self.grams
-        whole = {name: update.energy(update.rows, getattr(grams, name)) for name in ("protected", "safety", "task")}
+        sides = {"safety": self.grams.safety, "task": self.grams.task, "earlier": self.grams.earlier}
+        whole = {name: 0.0 if gram is None else update.energy(update.rows, gram) for name, gram in sides.items()}
         if not all(math.isfinite(value) for value in whole.values()):
-            raise NumericalError(f"the update is too large for these Grams: its outputs overflow {grams.dtype}")
-        strength, evaluations, changed = self._strength(update, whole["protected"], start)
+            raise NumericalError(f"the update is too large for these Grams: its outputs overflow {self.grams.dtype}")
+        strength, evaluations, changed = self._strength(update, whole["safety"], start)
         rows, used = changed, None
-        if strength == 0 or not bool(update.rows.any()):
+        if (strength == 0 and not self._earlier_counts) or not bool(update.rows.any()):
             rows, changed, evaluations = given, update.rows, 0
         elif math.isinf(strength):
             rows = changed = torch.zeros_like(update.rows)
         else:
             rows = changed = self._rows(update.rows, strength) if changed is None else changed
             used = self._factor
-        left = {
-            name: update.energy(changed, getattr(grams, name)) / whole[name] if whole[name] > 0 else None
-            for name in ("protected", "safety")
-        }
-        lost = update.energy(update.rows - changed, grams.task) / whole["task"] if whole["task"] > 0 else None
-        norms = update.norm(update.rows), update.norm(changed)
-        return Solution(rows, strength, left["protected"], left["safety"], lost, norms, evaluations, used)
+
+        def share(name: str, difference: Tensor) -> float | None:
+            return update.energy(difference, sides[name]) / whole[name] if whole[name] > 0 else None
+
+        return Solution(
+            rows=rows,
+            strength=strength,
+            safety_left=share("safety", changed),
+            earlier_left=share("earlier", changed),
+            task_lost=share("task", update.rows - changed),
+            norms=(update.norm(update.rows), update.norm(changed)),
+            evaluations=evaluations,
+            factor=used,
+        )
+
+    @property
+    def _earlier_counts(self) -> bool:
+        """Whether earlier tasks have a part in the solution."""
+        return self.grams.earlier is not None and self.config.earlier_strength > 0
 
     def _strength(self, update: UpdateRows, whole: float, start: float | None) -> tuple[float, int, Tensor | None]:
         """The strength in force, how many were tried, and the rows at it if they are known by then."""
@@ -148,36 +161,51 @@ class Compromise:
         if config.strength is not None:
             return float(config.strength), 1, None
         if whole == 0 or config.budget >= 1:
-            return 0.0, 0, None  # nothing that the protected samples see has changed, or all of it may
+            return 0.0, 0, None  # nothing that the safety samples see has changed, or all of it may
         if config.budget == 0:
             return math.inf, 0, None
         small = update.compressed()
         scale = self.grams.scale()
-        tried, rows = [], None
+        start = scale if start is None else start
+        tried: dict[float, float] = {}
+        rows = None
 
         def share(strength: float) -> float:
             nonlocal rows
-            tried.append(strength)
-            rows = None  # before the next ones are made
-            rows = self._rows(small.rows, strength)
-            return small.energy(rows, self.grams.protected) / whole
+            if strength not in tried:
+                rows = None  # before the next ones are made
+                rows = self._rows(small.rows, strength)
+                tried[strength] = small.energy(rows, self.grams.safety) / whole
+            return tried[strength]
 
-        found = find_strength(share, config.budget, scale if start is None else start, config.tolerance, scale)
-        return found, len(tried), rows if small is update and tried[-1] == found else None
+        def at(found: float) -> tuple[float, int, Tensor | None]:
+            return found, len(tried), rows if small is update and list(tried)[-1] == found else None
+
+        # What protects the earlier tasks may have held the budget already.
+        if self._earlier_counts and share(start) <= config.budget and share(0.0) <= config.budget:
+            return at(0.0)
+        return at(find_strength(share, config.budget, start, config.tolerance, scale))
 
     def _rows(self, rows: Tensor, strength: float) -> Tensor:
-        """``X = D H_t S^-1``, or the same as ``D - mu D H_p S^-1``: whichever corrects less, and so rounds less."""
-        grams, factor = self.grams, self._factor_at(strength)
-        if strength * mean_diagonal(grams.protected) <= mean_diagonal(grams.task):
-            removed = factor.solve(damped_product(rows, grams.protected, factor.protected_damping))
-            return rows - (removed * strength).to(rows.dtype)
-        return factor.solve(damped_product(rows, grams.task, factor.task_damping)).to(rows.dtype)
+        """``X = D H_t S^-1``, or the same as ``D - D (mu H_s + nu H_e) S^-1``: what corrects less rounds less."""
+        grams, factor, others = self.grams, self._factor_at(strength), self._protecting(strength)
+        if sum(weight * mean_diagonal(gram) for weight, gram in others) > mean_diagonal(grams.task):
+            return factor.solve(damped_product(rows, grams.task, factor.task_damping)).to(rows.dtype)
+        removed = torch.zeros_like(rows)
+        for weight, gram in others:
+            removed = removed.add(damped_product(rows, gram, factor.protected_damping), alpha=weight)
+        return rows - factor.solve(removed).to(rows.dtype)
+
+    def _protecting(self, strength: float) -> list[tuple[float, Tensor]]:
+        """The protected Grams with their multipliers."""
+        found = [(strength, self.grams.safety)]
+        if self._earlier_counts:
+            found.append((self.config.earlier_strength, self.grams.earlier))
+        return found
 
     def _factor_at(self, strength: float) -> Factor:
         if self._factor is None or self._factor.strength != strength:
             self._factor = None  # before the next one is made: there is never more than one
-            config = self.config
-            safety_damping = config.damping if config.safety_damping is None else config.safety_damping
-            self._factor = factorize(self.grams, strength, config.damping, safety_damping, config.rescue)
+            self._factor = factorize(self.grams, strength, self.config)
             self.factorizations += 1
         return self._factor
