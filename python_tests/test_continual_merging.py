@@ -63,7 +63,9 @@ def test_the_diagonal_and_the_low_rank_form_keep_the_diagonal() -> None:
     assert values_kept(WIDTH, "diagonal", 4) == WIDTH
 
 
-@pytest.mark.parametrize(("options", "message"), [({"form": "whole"}, "memory: expected"), ({"rank": 0}, "memory_rank")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"form": "whole"}, "memory: expected"), ({"rank": 0}, "memory_rank: expected")]
+)
 def test_an_unknown_form_is_refused(options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EarlierGrams(**options)
