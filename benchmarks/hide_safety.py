@@ -35,6 +35,7 @@ from hide_tasks import (
 from hpa_ext import GramCollection, calibrate, harmonize_model
 from hpa_ext.data.collate import calibration_batches
 from hpa_ext.data.safety_set import collect_safety_set
+from hpa_ext.data.samples import Sample
 from hpa_ext.data.toy_tasks import RISK_CLASSES, draw_harmful, draw_task
 from hpa_ext.evaluation.generate import generate_answers
 from hpa_ext.evaluation.metrics import DEFAULT_REFUSALS
@@ -49,15 +50,20 @@ CONFIGS = {
 }
 
 
-def safety_grams(model: torch.nn.Module, processor: Any, seed: int) -> GramCollection:
-    """Grams of the refusals that the aligned model writes itself, 8 samples."""
+def safety_samples(model: torch.nn.Module, processor: Any, seed: int) -> list[Sample]:
+    """Harmful prompts with the refusals that the aligned model writes itself, 8 samples."""
     found = collect_safety_set(
         lambda samples: generate_answers(model, processor, samples),
         lambda risk: iter(draw_harmful("both", 64, seed, "train", risk_class=risk)),
         DEFAULT_REFUSALS.matches,
         RISK_CLASSES,
     )
-    return calibrate(model, calibration_batches(processor, found.samples), progress=False)
+    return found.samples
+
+
+def safety_grams(model: torch.nn.Module, processor: Any, samples: list[Sample]) -> GramCollection:
+    """Grams of the safety samples through a model."""
+    return calibrate(model, calibration_batches(processor, samples), progress=False)
 
 
 def task_grams(model: torch.nn.Module, processor: Any, task: str, seed: int) -> GramCollection:
@@ -67,13 +73,14 @@ def task_grams(model: torch.nn.Module, processor: Any, task: str, seed: int) -> 
 
 
 def hpa_sequence(seed: int) -> dict[str, Any]:
-    """FineTune in the first order, every step harmonized."""
+    """FineTune in the first order, every step harmonized, with the refusals of the aligned model before all of them."""
     model, processor = tunable()
+    refusals = safety_samples(model, processor, seed)
     memory: dict[str, Any] = {}
     for step, task in enumerate(TASKS):
         old = copy.deepcopy(model)
         model = SEQUENTIAL["FineTune"](model, processor, task, seed, step, memory)
-        safety = safety_grams(old, processor, seed)
+        safety = safety_grams(old, processor, refusals)
         harmonize_model(old, model, safety, task_grams(model, processor, task, seed))
     return {"HPA": {"scores": task_scores(model, processor, seed, TASKS), "masr": masr(model, processor, seed)}}
 
@@ -84,7 +91,7 @@ def hide_with_and_without(work: Path, seed: int) -> dict[str, Any]:
     found = {"base": {"scores": task_scores(base, processor, seed, TASKS), "masr": masr(base, processor, seed)}}
     adapters, _ = load_experts(work, seed, TASKS)
     experts = [read_expert(task, source, base) for task, source in adapters.items()]
-    safety = safety_grams(base, processor, seed)
+    safety = safety_grams(base, processor, safety_samples(base, processor, seed))
     grams = {}
     for expert in experts:
         single = HiDeModel(load_embedded()[0], {expert.task: expert}, config=HiDeConfig(top_layers=0))
