@@ -122,12 +122,12 @@ def test_the_page_and_the_tables_hold_every_condition(tmp_path) -> None:
         if row["method"] == "hpa":
             row["steps"][0] |= {"layers": layers, "safety_left": 0.7, "task_lost": 0.1}
     page = write_report(rows, tmp_path).read_text(encoding="utf-8")
-    stems = ("trade-off", "by-step", "output-change", "by-layer")
+    stems = ("trade-off", "forgetting", "by-step", "output-change", "by-layer")
     expected = {f"{stem}-{condition}-1.png" for stem in stems for condition in ("original", "injected")}
     assert {path.name for path in tmp_path.glob("*.png")} == expected
     assert page.count("data:image/png;base64,") == len(expected)
     assert "http" not in page
-    for text in ("Parts of HPA", "Minus SeqFT", "hpa-refusals-1", "0.1 % harmful data injected, order 1"):
+    for text in ("Parts of HPA", "Minus SeqFT", "Minus HPA", "hpa-refusals-1", "0.1 % harmful data injected, order 1"):
         assert text in page
     tables = write_tables(rows, tmp_path).read_text(encoding="utf-8")
     assert tables.count("## original data, order 1") == 1

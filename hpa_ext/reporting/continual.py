@@ -95,9 +95,10 @@ def write_tables(rows: Sequence[dict[str, Any]], out: Path) -> Path:
         parts.append(markdown(*summary_lines(summaries(mine))))
         if _has_ablation(mine):
             parts += ["### Parts of HPA, and controls", markdown(*summary_lines(summaries(mine, ABLATION)))]
-        header, lines = paired_table(mine)
-        if lines:
-            parts += ["### Minus SeqFT on the same seeds", markdown(header, lines)]
+        for reference in ("seqft", "hpa"):
+            header, lines = paired_table(mine, reference)
+            if lines:
+                parts += [f"### Minus {METHODS[reference].title} on the same seeds", markdown(header, lines)]
     path = out / "tables.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -118,10 +119,15 @@ def _section(condition: str, order: int, rows: list[dict[str, Any]], out: Path) 
     parts = [f"<h2>{title}: {' → '.join(tasks)}</h2>"]
     parts += [f"<p>{html.escape(line)}</p>" for line in verdict(rows)]
     parts.append(_picture(trade_off(rows, f"Safety against accuracy: {title}"), out / f"trade-off-{name}.png"))
+    if any(row["BWT"] is not None for row in rows):
+        figure = trade_off(rows, f"Safety against forgetting: {title}", "BWT")
+        parts.append(_picture(figure, out / f"forgetting-{name}.png"))
     parts.append(html_table(summaries(rows)))
-    header, lines = paired_table(rows)
-    if lines:
-        parts += [f"<h3>Minus SeqFT on the same seeds: {title}</h3>", html_lines(header, lines), _STAR]
+    for reference in ("seqft", "hpa"):
+        header, lines = paired_table(rows, reference)
+        if lines:
+            heading = f"<h3>Minus {METHODS[reference].title} on the same seeds: {title}</h3>"
+            parts += [heading, html_lines(header, lines), _STAR]
     if _has_ablation(rows):
         parts += [f"<h3>Parts of HPA, and controls: {title}</h3>", html_table(summaries(rows, ABLATION))]
     pictures = [

@@ -14,11 +14,13 @@ from matplotlib.lines import Line2D
 from hpa_ext.baselines import METHODS
 
 from .continual_tables import Summary, summaries
+from .continual_verdict import front
 from .labels import Label, place_labels
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
 _KINDS = {
     "hpa": ("#0072b2", "o", "HPA and its variants"),
+    "compromise": ("#8b2f8b", "P", "the closed-form compromise"),
     "post-training": ("#d55e00", "s", "other post-training methods"),
     "training": ("#009e73", "^", "methods that change the tuning"),
     "bound": ("#666666", "D", "bounds"),
@@ -28,27 +30,39 @@ _LINES = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56
 _FOLLOWED = ("seqft", "hpa", "safe-delta", "model-tailor", "wise-ft", "ewc", "lwf")
 
 
-def trade_off(rows: Sequence[dict[str, Any]], title: str) -> Figure:
-    """MASR against AP, one point per method with its 95 % intervals; the good corner is below on the right.
+_ABSCISSAS = {
+    "AP": "AP: mean task score after the last step, % (more is better)",
+    "BWT": "BWT: change of a task's score since it was learnt, points (0 is no forgetting)",
+}
 
-    A zero-shot model that can do none of the tasks would lie far from all others: it is named below the axis instead.
+
+def trade_off(rows: Sequence[dict[str, Any]], title: str, key: str = "AP") -> Figure:
+    """MASR against AP or BWT, a point for each method with its 95 % intervals; the good corner is below on the right.
+
+    The line joins the methods that no other one surpasses in both. A zero-shot model that can do none of the tasks
+    would lie far from all others: it is named below the axis instead.
     """
     figure = _figure(9.5, 7.0)
     axes = figure.subplots()
-    found = [item for item in summaries(rows) if item.values["AP"] is not None]
+    found = [item for item in summaries(rows) if item.values[key] is not None]
     outside = [item for item in found if item.method == "zero-shot"] if len(found) > 1 else []
     labels = []
     for item in found:
         if item in outside:
             continue
         colour, marker, _ = _KINDS[_kind(item)]
-        (x, dx), (y, dy) = item.values["AP"], item.values["MASR"]
+        (x, dx), (y, dy) = item.values[key], item.values["MASR"]
         for half, low, high in ((dx, (x - dx, y), (x + dx, y)), (dy, (x, y - dy), (x, y + dy))):
             if not math.isnan(half):
                 axes.plot(*zip(low, high, strict=True), color=colour, lw=0.7, alpha=0.45)
         axes.plot(x, y, color=colour, marker=marker, ms=9 if item.method == "hpa" else 5, linestyle="")
         labels.append(Label(item.title, x, y, colour))
-    axes.set_xlabel("AP: mean task score after the last step, % (more is better)")
+    edge = front([item for item in found if item.kind != "bound"], key)
+    axes.plot(
+        [item.values[key][0] for item in edge], [item.values["MASR"][0] for item in edge], color="#bbbbbb", lw=6,
+        alpha=0.4, solid_capstyle="round", zorder=0,
+    )  # fmt: skip
+    axes.set_xlabel(_ABSCISSAS[key])
     axes.set_ylabel("MASR: harmful prompts not refused, % (less is better)")
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(alpha=0.25)
@@ -148,8 +162,8 @@ def output_change(rows: Sequence[dict[str, Any]], title: str) -> Figure | None:
     labels = []
     for name, (x, y) in points.items():
         known = METHODS.get(name)
-        colour = _KINDS["hpa" if name.startswith("hpa") else "post-training"][0]
-        axes.plot(x, y, color=colour, marker="o" if name.startswith("hpa") else "s", ms=9 if name == "hpa" else 5)
+        colour, marker, _ = _KINDS[_family(name) or "post-training"]
+        axes.plot(x, y, color=colour, marker=marker, ms=9 if name == "hpa" else 5)
         labels.append(Label(known.title if known else name, x, y, colour))
     share = np.linspace(0, 1, 101)
     axes.plot(100 * (1 - share) ** 2, 100 * share**2, color="#888888", lw=0.9, ls="--")
@@ -168,7 +182,12 @@ def _mean(layers: list[dict[str, list[float]]], value: Callable[[dict[str, np.nd
 
 
 def _kind(item: Summary) -> str:
-    return "hpa" if item.method.startswith("hpa") else item.kind if item.kind in _KINDS else "post-training"
+    return _family(item.method) or (item.kind if item.kind in _KINDS else "post-training")
+
+
+def _family(name: str) -> str | None:
+    """The kind of its own that a method belongs to by its name."""
+    return next((family for family in ("hpa", "compromise") if name.startswith(family)), None)
 
 
 def _figure(width: float, height: float) -> Figure:

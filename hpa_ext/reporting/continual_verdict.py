@@ -33,11 +33,11 @@ def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def front(found: Sequence[Summary]) -> list[Summary]:
-    """Those that no other one surpasses in AP and MASR at once, by the means; by rising MASR."""
+def front(found: Sequence[Summary], key: str = "AP") -> list[Summary]:
+    """Those that no other one surpasses in AP (or BWT) and MASR at once, by the means; by rising MASR."""
 
     def ahead(other: Summary, item: Summary) -> bool:
-        more = other.values["AP"][0] - item.values["AP"][0]
+        more = other.values[key][0] - item.values[key][0]
         safer = item.values["MASR"][0] - other.values["MASR"][0]
         return more >= 0 and safer >= 0 and (more > 0 or safer > 0)
 
