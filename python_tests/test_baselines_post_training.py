@@ -11,6 +11,7 @@ from hpa_ext.baselines import LayerContext
 from hpa_ext.baselines.controls import retain_columns
 from hpa_ext.baselines.dare import dare
 from hpa_ext.baselines.hpa import hpa
+from hpa_ext.baselines.hpa_compensated import hpa_compensated
 from hpa_ext.baselines.interpolation import task_arithmetic, wise_ft
 from hpa_ext.baselines.layer import inverse, inverse_factor
 from hpa_ext.baselines.model_tailor import model_tailor
@@ -297,6 +298,43 @@ def test_the_controls_retain_as_many_columns_as_hpa(weights, layer) -> None:
     _close(result[:, rest], harmonized[:, rest])
 
 
+def test_compensation_is_the_least_squares_solution(weights, layer) -> None:
+    old, new = weights
+    layer.depth = 0.0
+    update, task, safety = new - old, _damped(layer.task), _damped(layer.safety)
+    retained = harmonize(old, new, (layer.safety, layer.task), 0.0, return_report=True)[1].retained
+    assert 0 < int(retained.sum()) < COLUMNS
+
+    def gradient(result: Tensor, term) -> Tensor:
+        free = (result - old).requires_grad_(True)
+        term(free).backward()
+        return free.grad
+
+    on_task = hpa_compensated(old, new, layer)
+    assert torch.equal(on_task[:, retained], old[:, retained])
+    slope = gradient(on_task, lambda x: ((x - update) @ task * (x - update)).sum())
+    assert float(slope[:, ~retained].abs().max()) < 1e-9 < float(slope[:, retained].abs().max())
+    on_safety = hpa_compensated(old, new, layer, compensation="safety")
+    _close(on_safety[:, ~retained], new[:, ~retained])
+    slope = gradient(on_safety, lambda x: (x @ safety * x).sum())
+    assert float(slope[:, retained].abs().max()) < 1e-9 < float(slope[:, ~retained].abs().max())
+
+
+def test_columns_can_be_chosen_by_the_gram_alone(weights, layer) -> None:
+    old, new = weights
+    result = hpa_compensated(old, new, layer, compensation="none", scores="gram")
+    same = (result == old).all(0)
+    count = harmonize(old, new, (layer.safety, layer.task), 0.5, return_report=True)[1].retained_count
+    assert int(same.sum()) == count
+    importance = 1 / torch.linalg.inv(_damped(layer.safety)).diagonal()
+    assert float(importance[same].min()) >= float(importance[~same].max())
+    assert torch.equal(result[:, ~same], new[:, ~same])
+    with pytest.raises(ValueError, match="compensation: expected"):
+        hpa_compensated(old, new, layer, compensation="obs")
+    with pytest.raises(ValueError, match="scores: expected"):
+        hpa_compensated(old, new, layer, scores="columns")
+
+
 # --- HPA ------------------------------------------------------------------------------------------------------------
 def test_hpa_is_harmonize_and_reports_its_layer(weights, layer) -> None:
     old, new = weights
@@ -307,7 +345,8 @@ def test_hpa_is_harmonize_and_reports_its_layer(weights, layer) -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [safe_delta, safe_delta_authors, model_tailor, wise_ft, task_arithmetic, ties, dare, regmean, hpa]
+    "function",
+    [safe_delta, safe_delta_authors, model_tailor, wise_ft, task_arithmetic, ties, dare, regmean, hpa, hpa_compensated],
 )
 def test_inputs_stay_and_the_dtype_is_that_of_new(weights, layer, function) -> None:
     old, new = (weight.float() for weight in weights)

@@ -120,5 +120,5 @@ def test_grams_of_a_sequential_method_come_through_the_merged_layers_below() -> 
 def test_registered_methods_with_a_memory_have_its_options() -> None:
     for method in METHODS.values():
         if "earlier-grams" in method.needs:
-            run = EarlierGrams(method.settings.get("memory", "triangle"), method.settings.get("memory_rank", 32))
+            run = EarlierGrams(method.settings.get("memory", "triangle"), method.settings.get("memory_rank", 64))
             assert run.steps == 0

@@ -27,9 +27,9 @@ _BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
 )
 @post_training(
     "compromise-low-rank",
-    "Compromise, earlier tasks, rank 32",
+    "Compromise, earlier tasks, rank 64",
     _SOURCE,
-    settings={"memory": "low-rank", "memory_rank": 32},
+    settings={"memory": "low-rank", "memory_rank": 64},
     strength="strength",
     grid=_STRENGTHS,
     group="control",
@@ -47,7 +47,7 @@ _BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
 )
 @post_training(
     "compromise-sequential",
-    "Compromise, layer by layer",
+    "Compromise, layer by layer (RegMean++)",
     "this library, form of RegMean++ (2025)",
     strength="strength",
     grid=_STRENGTHS,
@@ -64,7 +64,7 @@ def compromise(
     damping: float = 0.01,
     safety_damping: float | None = None,
     memory: str = "triangle",
-    memory_rank: int = 32,
+    memory_rank: int = 64,
 ) -> Tensor:
     """The compromise ``[out, in]`` at a strength mu; its report is appended to ``layer.records``.
 
@@ -93,7 +93,7 @@ def compromise_budget(
     damping: float = 0.01,
     safety_damping: float | None = None,
     memory: str = "triangle",
-    memory_rank: int = 32,
+    memory_rank: int = 64,
 ) -> Tensor:
     """As `compromise`, with the smallest strength that leaves this share of tuning's change on the safety set."""
     config = CompromiseConfig(None, budget, damping, safety_damping, earlier_strength)

@@ -26,7 +26,7 @@ class EarlierGrams:
     ValueError for an unknown form, or a rank below 1.
     """
 
-    def __init__(self, form: str = "triangle", rank: int = 32) -> None:
+    def __init__(self, form: str = "triangle", rank: int = 64) -> None:
         if form not in FORMS:
             raise ValueError(f"memory: expected one of {', '.join(FORMS)}, got {form!r}")
         if rank < 1:

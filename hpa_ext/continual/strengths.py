@@ -19,6 +19,8 @@ STRENGTHS: dict[str, Any] = {
     "ties": 1.0,
     "dare": 0.5,
     "regmean": 10.0,
+    "compromise-earlier": 1.0,
+    "compromise-budget-earlier": 0.1,
     "ewc": 10000.0,
     "l2p": 10.0,
     "lwf": 1.0,

@@ -37,6 +37,9 @@ ABLATION = (
     "hpa",
     "hpa-wide",
     "hpa-sum",
+    "hpa-compensated",
+    "hpa-compensated-safety",
+    "hpa-gram-alone",
     "retain-largest",
     "retain-random",
 )
