@@ -358,7 +358,7 @@ def test_bad_settings(settings, message):
 
 
 def test_the_default_is_a_budget():
-    assert CompromiseConfig().budget == 0.05 and CompromiseConfig().strength is None
+    assert CompromiseConfig().budget == 0.1 and CompromiseConfig().strength is None
     assert CompromiseConfig(strength=1).budget is None
     assert CompromiseConfig(**CompromiseConfig(strength=2.0).to_dict()) == CompromiseConfig(strength=2.0)
 

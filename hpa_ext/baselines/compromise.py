@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hpa_ext.compromise import CompromiseConfig, harmonize
-from hpa_ext.compromise.config import DEFAULT_EARLIER_STRENGTH
+from hpa_ext.compromise.config import DEFAULT_BUDGET, DEFAULT_EARLIER_STRENGTH
 from hpa_ext.gram import GramPair
 
 from .layer import LayerContext
@@ -14,6 +14,7 @@ from .registry import post_training
 _SOURCE = "this library, form of RegMean (ICLR 2023)"
 _STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
 _BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
+_EARLIER = {"earlier_strength": DEFAULT_EARLIER_STRENGTH}
 
 
 @post_training("compromise", "Compromise", _SOURCE, strength="strength", grid=_STRENGTHS)
@@ -21,6 +22,7 @@ _BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
     "compromise-earlier",
     "Compromise, earlier tasks",
     _SOURCE,
+    settings=_EARLIER,
     strength="strength",
     grid=_STRENGTHS,
     needs=("earlier-grams",),
@@ -29,7 +31,7 @@ _BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
     "compromise-low-rank",
     "Compromise, earlier tasks, rank 64",
     _SOURCE,
-    settings={"memory": "low-rank", "memory_rank": 64},
+    settings={**_EARLIER, "memory": "low-rank", "memory_rank": 64},
     strength="strength",
     grid=_STRENGTHS,
     group="control",
@@ -39,7 +41,7 @@ _BUDGETS = (0.02, 0.05, 0.1, 0.2, 0.4)
     "compromise-diagonal",
     "Compromise, earlier tasks, diagonal",
     _SOURCE,
-    settings={"memory": "diagonal"},
+    settings={**_EARLIER, "memory": "diagonal"},
     strength="strength",
     grid=_STRENGTHS,
     group="control",
@@ -79,6 +81,7 @@ def compromise(
     "compromise-budget-earlier",
     "Compromise, budget, earlier tasks",
     _SOURCE,
+    settings=_EARLIER,
     strength="budget",
     grid=_BUDGETS,
     needs=("earlier-grams",),
@@ -88,7 +91,7 @@ def compromise_budget(
     new: Tensor,
     layer: LayerContext,
     *,
-    budget: float = 0.05,
+    budget: float = DEFAULT_BUDGET,
     earlier_strength: float = DEFAULT_EARLIER_STRENGTH,
     damping: float = 0.01,
     safety_damping: float | None = None,

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from hpa_ext.ops.inverse_diagonal import RESCUES
 
-DEFAULT_BUDGET = 0.05
+DEFAULT_BUDGET = 0.1
 """Share of tuning's change on the safety set that is left when neither a strength nor a budget is given."""
 
-DEFAULT_EARLIER_STRENGTH = 0.1
-"""nu, for the Grams of earlier tasks."""
+DEFAULT_EARLIER_STRENGTH = 1.0
+"""nu, for the Grams of earlier tasks: each of them counts as much as the new task."""
 
 
 @dataclass(frozen=True)
