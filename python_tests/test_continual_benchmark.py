@@ -166,7 +166,7 @@ def test_an_error_of_a_method_names_the_module() -> None:
 def test_tuning_takes_the_value_with_the_largest_distance(tmp_path, monkeypatch) -> None:
     gives = {0.2: (50, 10), 0.4: (70, 20), 0.6: (80, 60), 0.8: (90, 95)}
 
-    def fake(found, seed, condition, order, settings, strength=None, cache=None, say=None):
+    def fake(found, seed, condition, order, settings, strength=None, changes=None, cache=None, say=None):
         assert seed in (100, 101)
         assert settings.steps == 2
         ap, masr = gives[strength]
@@ -237,6 +237,24 @@ def test_a_setting_of_the_regime_can_be_changed(tmp_path) -> None:
         _command("--mini", "--out", out, "--set", "calibration_tokens=some")
     with pytest.raises(SystemExit):
         _command("--set", "test_count")
+
+
+def test_a_setting_of_a_method_can_be_changed(tmp_path) -> None:
+    out, words = tmp_path / "out", ["--methods", "compromise-earlier", "--seeds", "3", "--out"]
+    assert _command("--mini", *words, str(out), "--set", "tasks=1", "--set", "max_steps=2",
+                    "--option", "earlier_strength=0.3", "--option", "memory=diagonal") == 0  # fmt: skip
+    row = json.loads((out / "results.json").read_text())[0]
+    assert row["config"]["method"]["earlier_strength"] == 0.3
+    assert row["config"]["method"]["memory"] == "diagonal"
+    small = mini_settings().changed(tasks=1, max_steps=2)
+    changed = Cell("compromise-earlier", 3, "original", changes=(("earlier_strength", 0.3), ("memory", "diagonal")))
+    assert row["digest"] == changed.digest(small) != Cell("compromise-earlier", 3, "original").digest(small)
+    with pytest.raises(ValueError, match=r"compromise-earlier: expected settings among strength, .*, got 'colour'"):
+        _command("--mini", *words, str(out), "--option", "colour=red")
+    with pytest.raises(ValueError, match="seqft: expected settings among none, got 'damping'"):
+        _command("--mini", "--methods", "seqft", "--out", str(out), "--option", "damping=1")
+    with pytest.raises(ValueError, match="--option: has no part in --tune"):
+        _command("--mini", *words, str(out), "--option", "damping=1", "--tune")
 
 
 def test_the_calibration_tokens_decide_the_grams() -> None:

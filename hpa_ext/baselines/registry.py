@@ -64,6 +64,17 @@ class Method:
             if unknown:
                 raise ValueError(f"{self.name}: its function has no parameter {', '.join(unknown)}")
 
+    def checked(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The same settings; ValueError for one that its function does not have."""
+        known = inspect.signature(self.function).parameters if self.function is not None else {}
+        accepted = [name for name, one in known.items() if one.kind is inspect.Parameter.KEYWORD_ONLY]
+        unknown = sorted(set(changes) - set(accepted))
+        if unknown:
+            raise ValueError(
+                f"{self.name}: expected settings among {', '.join(accepted) or 'none'}, got {unknown[0]!r}"
+            )
+        return dict(changes)
+
     def default_strength(self) -> Any:
         """The function's own default of its strength, None if the method has none."""
         if self.strength is None or self.function is None:

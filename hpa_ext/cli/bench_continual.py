@@ -36,6 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="another value of a setting of the regime, such as safety_calibration_count=64 (see docs/evidence.md)",
     )
+    parser.add_argument(
+        "--option",
+        type=_setting,
+        action="append",
+        default=[],
+        dest="options",
+        metavar="NAME=VALUE",
+        help="another value of a setting of the methods, all of which must have it, such as earlier_strength=0.3",
+    )
     parser.add_argument("--tune", action="store_true", help="run the tuning protocol and print what it chooses")
     parser.add_argument("--tuning-seeds", type=_integers, metavar="N,N", help="for --tune (default: 100)")
     parser.add_argument("--report-only", action="store_true", help="run nothing; report on the rows that are there")
@@ -88,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         settings = settings.changed(precision=args.precision)
     settings = settings.changed(**dict(args.changes))
     names = args.methods or list(METHODS)
+    if args.tune and args.options:
+        raise ValueError("--option: has no part in --tune, which runs every method with its own settings")
     if args.tune:
         found = tune(names, settings, args.out, args.tuning_seeds or TUNING_SEEDS[:1], _say)
         (args.out / "tuning.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -101,8 +112,9 @@ def run(args: argparse.Namespace) -> int:
     seeds = args.seeds or (DEFAULT_SEEDS[:1] if small else DEFAULT_SEEDS)
     condition = args.condition or ("original" if small else "both")
     conditions = CONDITIONS if condition == "both" else (condition,)
-    wanted = cells(names, seeds, conditions, args.order or (1,))
+    wanted = cells(names, seeds, conditions, args.order or (1,), dict(args.options))
     for cell in wanted:
+        cell.identity(settings)
         settings.order(cell.order)
     deadline = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     for path in args.rows_from:

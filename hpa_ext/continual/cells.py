@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,16 @@ RESULTS_VERSION = 1
 
 @dataclass(frozen=True)
 class Cell:
-    """One sequence to run: method, seed, condition, order, and a strength (None: the method's tuned one)."""
+    """One sequence to run: method, seed, condition, order, a strength (None: the tuned one), and further settings
+    of the method that are not its own, as pairs.
+    """
 
     method: str
     seed: int
     condition: str
     order: int = 1
     strength: Any = None
+    changes: tuple[tuple[str, Any], ...] = ()
 
     def identity(self, settings: ContinualSettings) -> dict[str, Any]:
         """Everything that decides the result."""
@@ -41,6 +44,7 @@ class Cell:
         if known.strength is not None:
             tuned = STRENGTHS.get(self.method, known.default_strength())
             options[known.strength] = self.strength if self.strength is not None else tuned
+        options |= known.checked(dict(self.changes))
         return {
             "version": RESULTS_VERSION,
             "method": self.method,
@@ -61,11 +65,21 @@ class Cell:
         return _row_path(out, self.condition, self.order, self.method, self.seed, self.digest(settings))
 
 
-def cells(methods: Iterable[str], seeds: Iterable[int], conditions: Iterable[str], orders: Iterable[int]) -> list[Cell]:
-    """All combinations, seed by seed, so that what is done first is a whole comparison. Unknown names raise."""
+def cells(
+    methods: Iterable[str],
+    seeds: Iterable[int],
+    conditions: Iterable[str],
+    orders: Iterable[int],
+    changes: Mapping[str, Any] | None = None,
+) -> list[Cell]:
+    """All combinations, seed by seed, so that what is done first is a whole comparison. Unknown names raise.
+
+    ``changes``: settings of all these methods in place of their own.
+    """
+    other = tuple(sorted((changes or {}).items()))
     names = [method(name).name for name in methods]
     return [
-        Cell(name, seed, condition, order)
+        Cell(name, seed, condition, order, changes=other)
         for order in orders
         for seed in seeds
         for condition in conditions
@@ -137,6 +151,7 @@ def run_cells(
                 cell.order,
                 settings,
                 strength=cell.identity(settings)["options"].get(method(cell.method).strength),
+                changes=dict(cell.changes),
                 cache=out / "cache",
             )
             _write(path, row | {"digest": cell.digest(settings)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def run_sequence(
     order: int,
     settings: ContinualSettings,
     strength: Any = None,
+    changes: Mapping[str, Any] | None = None,
     cache: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def run_sequence(
         order: 1 or 2.
         settings: the regime.
         strength: in place of the method's own setting of that name.
+        changes: further settings of the method, in place of its own.
         cache: a directory for what several methods share (the first tuning step, the unaligned model).
         say: called with a line after each step.
 
@@ -52,7 +54,7 @@ def run_sequence(
         details by step.
 
     Raises:
-        ValueError: an unknown condition or order, or a strength that the method does not take.
+        ValueError: an unknown condition or order, or a strength or setting that the method does not take.
     """
     started = time.perf_counter()
     model, processor = _load()
@@ -62,6 +64,7 @@ def run_sequence(
         if method.strength is None:
             raise ValueError(f"{method.name}: has no strength to set, got {strength!r}")
         options[method.strength] = tuple(strength) if isinstance(strength, list) else strength
+    options |= method.checked(changes or {})
     initial = evaluate(model, processor, {}, data.safety_tests)
     run = _Run(method, options, data, settings, cache, say)
     steps = run.bound(model) if method.name in ("zero-shot", "multi-task") else run.steps(model)
