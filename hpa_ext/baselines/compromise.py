@@ -27,35 +27,6 @@ _EARLIER = {"earlier_strength": DEFAULT_EARLIER_STRENGTH}
     grid=_STRENGTHS,
     needs=("earlier-grams",),
 )
-@post_training(
-    "compromise-low-rank",
-    "Compromise, earlier tasks, rank 64",
-    _SOURCE,
-    settings={**_EARLIER, "memory": "low-rank", "memory_rank": 64},
-    strength="strength",
-    grid=_STRENGTHS,
-    group="control",
-    needs=("earlier-grams",),
-)
-@post_training(
-    "compromise-diagonal",
-    "Compromise, earlier tasks, diagonal",
-    _SOURCE,
-    settings={**_EARLIER, "memory": "diagonal"},
-    strength="strength",
-    grid=_STRENGTHS,
-    group="control",
-    needs=("earlier-grams",),
-)
-@post_training(
-    "compromise-sequential",
-    "Compromise, layer by layer (RegMean++)",
-    "this library, form of RegMean++ (2025)",
-    strength="strength",
-    grid=_STRENGTHS,
-    group="control",
-    needs=("sequential",),
-)
 def compromise(
     old: Tensor,
     new: Tensor,
@@ -85,6 +56,29 @@ def compromise(
     strength="budget",
     grid=_BUDGETS,
     needs=("earlier-grams",),
+)
+@post_training(
+    "compromise-low-rank",
+    "Compromise, earlier tasks, rank 64",
+    _SOURCE,
+    settings={**_EARLIER, "memory": "low-rank", "memory_rank": 64},
+    group="control",
+    needs=("earlier-grams",),
+)
+@post_training(
+    "compromise-diagonal",
+    "Compromise, earlier tasks, diagonal",
+    _SOURCE,
+    settings={**_EARLIER, "memory": "diagonal"},
+    group="control",
+    needs=("earlier-grams",),
+)
+@post_training(
+    "compromise-sequential",
+    "Compromise, layer by layer (RegMean++)",
+    "this library, form of RegMean++ (2025)",
+    group="control",
+    needs=("sequential",),
 )
 def compromise_budget(
     old: Tensor,
