@@ -20,6 +20,7 @@ import numpy as np
 from hpa_ext.baselines import METHODS
 from hpa_ext.reporting.continual_tables import (
     ABLATION,
+    BEYOND,
     markdown,
     paired_table,
     summaries,
@@ -76,7 +77,9 @@ def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
 KINDS = {
     "main": lambda rows: markdown(*summary_lines(summaries(rows))),
     "parts": lambda rows: markdown(*summary_lines(summaries(rows, ABLATION))),
+    "beyond": lambda rows: markdown(*summary_lines(summaries(rows, BEYOND))),
     "paired": lambda rows: markdown(*paired_table(rows)),
+    "against-hpa": lambda rows: markdown(*paired_table(rows, "hpa")),
     "verdict": lambda rows: "\n".join(f"- {line}" for line in verdict(rows)),
     "output-change": output_change,
     "tuning": lambda found: markdown(*tuning_lines(found)),

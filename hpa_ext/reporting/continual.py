@@ -15,8 +15,10 @@ from hpa_ext.continual.strengths import STRENGTHS
 
 from .continual_plots import by_layer, by_step, output_change, trade_off
 from .continual_tables import (
-    ABLATION,
+    SECTIONS,
+    Summary,
     groups,
+    has_more_than_references,
     html_lines,
     html_table,
     main_table,
@@ -93,8 +95,8 @@ def write_tables(rows: Sequence[dict[str, Any]], out: Path) -> Path:
     for (condition, order), mine in groups(rows).items():
         parts += [f"## {_title(condition, order)}", "\n".join(f"- {line}" for line in verdict(mine))]
         parts.append(markdown(*summary_lines(summaries(mine))))
-        if _has_ablation(mine):
-            parts += ["### Parts of HPA, and controls", markdown(*summary_lines(summaries(mine, ABLATION)))]
+        for heading, found in _beside(mine):
+            parts += [f"### {heading}", markdown(*summary_lines(found))]
         for reference in ("seqft", "hpa"):
             header, lines = paired_table(mine, reference)
             if lines:
@@ -108,8 +110,10 @@ def _title(condition: str, order: int) -> str:
     return f"{'original data' if condition == 'original' else '0.1 % harmful data injected'}, order {order}"
 
 
-def _has_ablation(rows: list[dict[str, Any]]) -> bool:
-    return any(item.method not in ("seqft", "hpa") for item in summaries(rows, ABLATION))
+def _beside(rows: list[dict[str, Any]]) -> list[tuple[str, list[Summary]]]:
+    """The tables beside the main one that have something to show, with their headings."""
+    found = [(heading[0].upper() + heading[1:], summaries(rows, names)) for heading, names in SECTIONS]
+    return [(heading, table) for heading, table in found if has_more_than_references(table)]
 
 
 def _section(condition: str, order: int, rows: list[dict[str, Any]], out: Path) -> list[str]:
@@ -128,8 +132,8 @@ def _section(condition: str, order: int, rows: list[dict[str, Any]], out: Path) 
         if lines:
             heading = f"<h3>Minus {METHODS[reference].title} on the same seeds: {title}</h3>"
             parts += [heading, html_lines(header, lines), _STAR]
-    if _has_ablation(rows):
-        parts += [f"<h3>Parts of HPA, and controls: {title}</h3>", html_table(summaries(rows, ABLATION))]
+    for heading, found in _beside(rows):
+        parts += [f"<h3>{heading}: {title}</h3>", html_table(found)]
     pictures = [
         ("by-step", by_step(rows, f"After each step: {title}")),
         ("output-change", output_change(rows, f"What merging keeps of each update: {title}")),

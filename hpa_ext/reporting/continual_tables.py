@@ -43,6 +43,24 @@ ABLATION = (
     "retain-largest",
     "retain-random",
 )
+BEYOND = (
+    "seqft",
+    "hpa",
+    "hpa-wide",
+    "hpa-gram-alone",
+    "hpa-compensated",
+    "hpa-compensated-safety",
+    "regmean",
+    "compromise",
+    "compromise-budget",
+    "compromise-sequential",
+    "compromise-earlier",
+    "compromise-budget-earlier",
+    "compromise-low-rank",
+    "compromise-diagonal",
+)
+SECTIONS = (("parts of HPA, and controls", ABLATION), ("beyond HPA", BEYOND))
+"""Tables beside the main one, by heading."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +120,9 @@ def main_table(rows: Sequence[dict[str, Any]]) -> str:
     """The main tables and the ablation tables, for a terminal."""
     parts = []
     for (condition, order), mine in groups(rows).items():
-        for label, names in (("", None), (", ablation of HPA", ABLATION)):
+        for label, names in (("", None), *((f", {heading}", names) for heading, names in SECTIONS)):
             found = summaries(mine, names)
-            if not found or (names is not None and not any(item.method not in ("seqft", "hpa") for item in found)):
+            if not found or (names is not None and not has_more_than_references(found)):
                 continue
             header = ["method", *(heading for _, heading, _ in COLUMNS), "seeds"]
             lines = [
@@ -112,6 +130,11 @@ def main_table(rows: Sequence[dict[str, Any]]) -> str:
             ]
             parts.append(f"{condition} data, order {order}{label}\n{format_table(header, lines)}")
     return "\n\n".join(parts)
+
+
+def has_more_than_references(found: Sequence[Summary]) -> bool:
+    """Whether a table beside the main one would hold more than what all of them hold."""
+    return any(item.method not in ("seqft", "hpa") for item in found)
 
 
 def summary_lines(found: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
@@ -133,7 +156,8 @@ def paired_table(rows: Sequence[dict[str, Any]], reference: str = "seqft") -> tu
     Empty lines if the rows have no such pairs.
     """
     lines = []
-    for name in dict.fromkeys([item.method for item in (*summaries(rows), *summaries(rows, ABLATION))]):
+    tables = (summaries(rows), *(summaries(rows, names) for _, names in SECTIONS))
+    for name in dict.fromkeys([item.method for table in tables for item in table]):
         gains = differences(rows, name, reference) if name != reference else {}
         if "BWT" in gains:
             marks = [f"{gain}{' *' if gain.is_better or gain.is_worse else ''}" for gain in gains.values()]
