@@ -117,3 +117,14 @@ def assert_same_state(model, state):
     assert list(now) == list(state)
     different = [name for name, value in now.items() if not torch.equal(value, state[name])]
     assert different == []
+
+
+def same_expert(first, second):
+    assert set(first.updates) == set(second.updates)
+    for name, update in first.updates.items():
+        other = second.updates[name]
+        assert torch.equal(update.a, other.a)
+        assert torch.equal(update.b, other.b)
+        assert update.scaling == other.scaling
+    assert set(first.projector) == set(second.projector)
+    assert all(torch.equal(value, second.projector[name]) for name, value in first.projector.items())

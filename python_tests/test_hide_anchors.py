@@ -8,6 +8,7 @@ from helpers import refuses
 
 from hpa_ext import NumericalError
 from hpa_ext.hide import Anchors, HiDeConfig
+from hpa_ext.hide.tensor_files import read_tensors, write_tensors
 
 CONFIG = HiDeConfig()
 
@@ -118,8 +119,25 @@ def test_prompts_without_images_go_by_text_alone():
     mixed = anchors.route(image, text, CONFIG.replace(missing_modality="rescale"), has_image)
     torch.testing.assert_close(mixed[1], rescaled[1])
     torch.testing.assert_close(mixed[[0, 2]], anchors.route(image[[0, 2]], text[[0, 2]], CONFIG))
-    grouped = anchors.route(image, text, CONFIG.replace(routing="batch"), has_image)
-    assert torch.isfinite(grouped).all()
+
+
+def test_batch_routing_takes_images_from_rows_that_have_one():
+    """A row without an image has cosine 0, which would be the largest where all others are negative."""
+    anchors = filled()
+    image, text = features(3, 5, 82), features(3, 7, 83)
+    m_v = torch.stack([anchors.mean(task, "image") for task in anchors.tasks])
+    image[0], image[2] = -m_v.sum(0), -2 * m_v.sum(0) - 0.1 * m_v[0]
+    has_image = torch.tensor([True, False, True])
+    config = CONFIG.replace(routing="batch")
+    grouped = anchors.route(image, text, config, has_image)
+    unit = lambda rows: rows / rows.norm(dim=-1, keepdim=True)  # noqa: E731
+    m_t = torch.stack([anchors.mean(task, "text") for task in anchors.tasks])
+    cosine_v, cosine_t = (unit(image[[0, 2]]) @ unit(m_v).T).amax(0), (unit(text) @ unit(m_t).T).amax(0)
+    assert bool((cosine_v < 0).any())
+    torch.testing.assert_close(grouped[[0, 2]], torch.softmax((cosine_v + cosine_t) / 0.2, 0).expand(2, 3))
+    torch.testing.assert_close(grouped[1], torch.softmax(cosine_t / 0.2, 0))
+    nobody = anchors.route(image, text, config, torch.zeros(3, dtype=torch.bool))
+    torch.testing.assert_close(nobody, torch.softmax(cosine_t / 0.2, 0).expand(3, 3))
 
 
 def test_one_modality_alone_needs_no_anchors_of_the_other():
@@ -224,3 +242,53 @@ def test_settings_as_plain_values():
         HiDeConfig.from_dict({"top": 1})
     with pytest.raises(ValueError, match="not both 0"):
         HiDeConfig(image_weight=0, text_weight=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t["0.image.mean"].fill_(torch.nan), "image anchor of 'task 0': expected a finite float64 mean"),
+        (lambda t, m: t.update({"0.image.mean": torch.zeros(5)}), "expected a finite float64 mean"),
+        (lambda t, m: t.update({"1.text.mean": torch.zeros(6).double()}), "'task 1': expected width 7"),
+        (lambda t, m: t.update({"0.text.count": torch.tensor(0)}), "expected an int64 count of at least 1"),
+        (lambda t, m: t.pop("0.text.count"), "expected an int64 count of at least 1, got none"),
+        (lambda t, m: t.update({"9.text.mean": torch.zeros(7).double()}), r"got 9\.text\.mean too"),
+        (lambda t, m: m.pop("features"), "features: expected JSON in the metadata"),
+        (lambda t, m: m.update(features="[1]"), "features: expected a description"),
+        (lambda t, m: m.update(tasks="[1,"), "tasks: expected JSON in the metadata"),
+        (lambda t, m: m.update(tasks="[1, 2, 3]"), "tasks: expected a list of names"),
+        (lambda t, m: m.update(tasks='["a", "a", "b"]'), "tasks: expected each once"),
+    ],
+)
+def test_a_file_that_was_changed_is_refused_by_name(tmp_path, change, message):
+    path = filled().save(tmp_path / "a.safetensors")
+    tensors, metadata = (dict(part) for part in read_tensors(path))
+    change(tensors, metadata)
+    write_tensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match=message):
+        Anchors.load(path)
+
+
+def test_empty_anchors_take_over_what_the_others_are_made_of():
+    other = filled()
+    other.features = {"image": "pooled"}
+    assert Anchors().merge_(other).features == {"image": "pooled"}
+    mine = filled()
+    assert mine.merge_(other).features is None  # of unknown features, and some of them stay so
+    other.features = {"image": "mean"}
+    with refuses(ValueError, "other"):
+        Anchors({"image": "pooled"}).merge_(other)
+
+
+def test_extreme_settings_and_no_rows():
+    anchors = filled()
+    weights = anchors.route(features(3, 5, 90), features(3, 7, 91), CONFIG.replace(temperature=5e-324))
+    assert torch.equal(weights.sort(1).values, torch.tensor([[0.0, 0.0, 1.0]]).double().expand(3, 3))
+    one = anchors.route(features(1, 5), features(1, 7), CONFIG)
+    torch.testing.assert_close(one.sum(1), torch.ones(1).double())
+    for routing in ("sample", "batch"):
+        assert anchors.route(features(0, 5), features(0, 7), CONFIG.replace(routing=routing)).shape == (0, 3)
+    zero = Anchors().update("a", torch.zeros(2, 4)).update("b", torch.ones(2, 4))
+    torch.testing.assert_close(zero.route(torch.ones(1, 4))[0], torch.softmax(torch.tensor([0.0, 0.5]) / 0.1, 0))
+    with pytest.raises(ValueError, match="with a finite sum"):
+        HiDeConfig(image_weight=1e308, text_weight=1e308)

@@ -209,3 +209,13 @@ def test_pictures(tmp_path):
         assert path.stat().st_size > 5000
     with refuses(ValueError, "layers"):
         plot_cka_heat_maps(cka, tmp_path / "no.png", "map", layers=[4])
+
+
+def test_an_iterator_is_not_shared_between_runs():
+    """Each run would get other samples, and the figure would be wrong without a word."""
+    model = hm.llava_of()
+    data = iter(batches(model, count=4))
+    with refuses(ValueError, "runs"):
+        layer_cka({"a": CKARun(model, data), "b": CKARun(model, data)}, progress=False)
+    with refuses(TypeError, "batches"):
+        expert_cka(hm.hide(), iter(batches(model, count=6)), progress=False)

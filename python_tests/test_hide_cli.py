@@ -16,6 +16,7 @@ from hpa_ext.data.collate import collate_prompts
 from hpa_ext.data.samples import Sample
 from hpa_ext.data.toy_tasks import draw_task
 from hpa_ext.hide import Anchors, HiDeModel, own_features
+from hpa_ext.hide.expert_sources import read_expert
 from hpa_ext.hide.export import export_adapter
 from hpa_ext.hide.persistence import load_parts
 from hpa_ext.models.embedded import embedded_path, load_embedded
@@ -205,3 +206,29 @@ def test_wrong_use_is_refused_and_nothing_is_written(folder, tmp_path, arguments
     with pytest.raises(ValueError, match=message):
         hide("build", "--base", BASE, *given, "--out", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fused_part_is_exported_with_the_projector_that_acts(folder, tmp_path):
+    found = [hm.expert(load_embedded()[0], task, seed=number, scale=0.1) for number, task in enumerate(TASKS)]
+    for expert in found:
+        export_adapter(expert, tmp_path / expert.task)
+    hide("build", "--base", BASE, *(part for task in TASKS for part in ("--adapter", f"{task}={tmp_path / task}")),
+         "--out", tmp_path / "model", "--top-role", "none", "--projector", "mean")  # fmt: skip
+    hide("export", tmp_path / "model", "--fused", "--base", BASE, "--out", tmp_path / "fused")
+    base = load_embedded()[0]
+    exported = read_expert("fused", tmp_path / "fused", base)
+    assert len(exported.updates) == 21
+    assert len(exported.projector) == 4
+    dtype = next(iter(exported.projector.values())).dtype  # that of the file
+    for name, value in exported.projector.items():
+        mean = sum(expert.projector[name].double() for expert in found) / 2
+        torch.testing.assert_close(value, mean.to(dtype), rtol=0, atol=0)
+    assert len(PeftModel.from_pretrained(base, tmp_path / "fused").modules_to_save) == 1
+    # A model that routes nothing needs no anchors, and then takes none from beside an adapter.
+    hide("add", tmp_path / "model", "--base", BASE, "--adapter", f"more={folder / 'kind'}")
+    assert load_parts(tmp_path / "model")[1] is None
+
+
+def test_anchors_of_another_name_are_refused_with_what_to_do(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"kind.hide_anchors.safetensors: expected anchors of 'x', got kind; call the"):
+        hide("build", "--base", BASE, "--adapter", f"x={folder / 'kind'}", "--out", tmp_path / "out")

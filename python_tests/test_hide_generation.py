@@ -12,6 +12,7 @@ from helpers import refuses
 from torch.nn import functional as F
 
 from hpa_ext.hide import HiDeConfig, HiDeModel
+from hpa_ext.hide.routing_state import Prompt, RoutingState
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 IMAGES = (1, 0, 2, 1)
@@ -261,3 +262,38 @@ def test_a_base_with_peft_or_with_experts_is_refused():
     HiDeModel(base, hm.experts(base), anchors)
     with pytest.raises(ValueError, match="base: is part of a HiDeModel already"):
         HiDeModel(base, hm.experts(hm.llava_of()), anchors)
+
+
+def test_given_weights_of_another_kind_and_short_masks_are_refused(model):
+    for wrong, kind in (
+        ([[1.0, 0.0, 0.0]], TypeError), (torch.ones(4, 3, dtype=torch.int64), ValueError),
+        (torch.full((1, 3), torch.nan), ValueError),
+    ):  # fmt: skip
+        with refuses(kind, "weights"):
+            model.routed(wrong).__enter__()
+    batch = hm.prompts()
+    with refuses(ValueError, "attention_mask"):
+        model(**{**batch, "attention_mask": batch["attention_mask"][:, 1:]})
+
+
+def test_placeholders_without_pixels_are_refused(model):
+    batch = hm.prompts()
+    del batch["pixel_values"]
+    with refuses(ValueError, "pixel_values"):
+        model.routing(**batch)
+
+
+def test_pixels_that_generate_repeated_for_its_beams_are_counted_once():
+    """As transformers did before it encoded images ahead of the first forward."""
+    asked = []
+    state = RoutingState(lambda prompt, images: asked.append(images) or torch.eye(2))
+    ids = torch.tensor([[7, 7, 3], [7, 7, 4]])
+    prompt = Prompt(ids, ids < 7, torch.tensor([2, 2]), 2)
+    features = torch.randn(2, 5)
+    with state.generating(prompt):
+        state.expect_repeated_images(6)
+        state.add_images(features.repeat_interleave(3, 0), torch.zeros(6))
+        assert torch.equal(state.weights_for(6), torch.eye(2).repeat_interleave(3, 0))
+        assert torch.equal(state.weights_of_images(6), torch.eye(2).repeat_interleave(3, 0))
+    assert len(asked) == 1
+    assert torch.equal(asked[0], features)

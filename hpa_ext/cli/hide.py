@@ -119,7 +119,8 @@ def _merge(actions: argparse._SubParsersAction) -> None:
     parser = actions.add_parser(
         "merge", help="write a plain checkpoint",
         description="Merges a HiDe model into a checkpoint that needs nothing of this library: the fused layers as "
-        "they are, and in the routed ones the expert of --task, or none with --fused.",
+        "they are, and in the routed ones the expert of --task, or none with --fused. The result has the base's files, "
+        "names and dtypes; a tensor at a time is in memory.",
     )  # fmt: skip
     _model(parser)
     _base(parser)
@@ -127,7 +128,7 @@ def _merge(actions: argparse._SubParsersAction) -> None:
     which.add_argument("--task", metavar="TASK", help="whose expert goes into the routed layers")
     which.add_argument("--fused", action="store_true", help="leave the routed layers as in the base")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
-    _device(parser)
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="where to compute (default: cpu)")
     _run(parser, "merge")
 
 
@@ -135,7 +136,7 @@ def _export(actions: argparse._SubParsersAction) -> None:
     parser = actions.add_parser(
         "export", help="write an expert, or the fused part, as a PEFT adapter",
         description="Writes one task's expert as it came in, or the sum of the fused layers as one adapter whose "
-        "rank is that of all experts together.",
+        "rank is that of all experts together, with the projector that acts beside them.",
     )  # fmt: skip
     _model(parser)
     which = parser.add_mutually_exclusive_group(required=True)

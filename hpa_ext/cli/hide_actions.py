@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from hpa_ext.checkpoints.weights import CheckpointWeights
 from hpa_ext.cli.hide_inputs import cast, config_of, gather_anchors, load_model, named, open_image
 from hpa_ext.hide.assembly import assign
 from hpa_ext.hide.checks import check_parts
@@ -17,8 +17,9 @@ from hpa_ext.hide.experts import expert_modules
 from hpa_ext.hide.export import export_adapter, fused_expert
 from hpa_ext.hide.layer_cka import expert_cka
 from hpa_ext.hide.loading import data_batches
+from hpa_ext.hide.merging import acting_projector, merge_checkpoint
 from hpa_ext.hide.parameters import expert_parameters, table_3
-from hpa_ext.hide.persistence import add_expert, load_parts, read_settings, remove_expert, save_parts
+from hpa_ext.hide.persistence import add_expert, has_anchors, load_parts, read_settings, remove_expert, save_parts
 from hpa_ext.hide.tensor_files import new_directory
 from hpa_ext.models.skeleton import skeleton
 from hpa_ext.reporting.table import format_table
@@ -45,9 +46,12 @@ def add(args: argparse.Namespace) -> int:
         raise ValueError(f"--adapter: expected one task to add, got {len(adapters)}")
     ((task, source),) = adapters.items()
     settings = read_settings(args.model)
-    expert = read_expert(task, source, skeleton(args.base))
-    anchors = gather_anchors(args, [task], adapters, settings["features"])
-    add_expert(args.model, expert, anchors, args.coefficient)
+    structure = skeleton(args.base)
+    expert = read_expert(task, source, structure)
+    anchors = None
+    if args.data or args.anchors is not None or has_anchors(args.model) or not settings["experts"]:
+        anchors = gather_anchors(args, [task], adapters, settings["features"])
+    add_expert(args.model, expert, structure, anchors, args.coefficient)
     print(f"written: {args.model} ({len(settings['experts']) + 1} tasks, {task!r} last)")
     return 0
 
@@ -150,16 +154,7 @@ def cka(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """A plain checkpoint."""
-    from hpa_ext.checkpoints.side_files import copy_side_files, side_files
-
-    model, _, weights = load_model(args, for_routing=False)
-    plain = model.merge_and_unload(args.task)
-    with new_directory(args.out) as out:
-        plain.save_pretrained(out)
-        written = {path.name for path in out.iterdir()}
-        others = [path for path in side_files(args.base) if path.name not in written]
-        copy_side_files(others, Path(args.base), out)
-    weights.close()
+    merge_checkpoint(args.model, args.base, args.out, args.task, args.device)
     print(f"written: {args.out} ({'the fused part' if args.task is None else f'for {args.task!r}'})")
     return 0
 
@@ -170,8 +165,10 @@ def export(args: argparse.Namespace) -> int:
     if args.fused:
         if args.base is None:
             raise ValueError("--base: expected the base model with --fused, got none")
-        structure = skeleton(args.base)
-        expert = fused_expert(assign(structure, expert_modules(structure), experts, config))
+        weights = CheckpointWeights(args.base)
+        assignments = assign(weights.model, expert_modules(weights.model), experts, config)
+        expert = fused_expert(assignments, projector=acting_projector(weights, experts, config, None))
+        weights.close()
     else:
         by_task = {expert.task: expert for expert in experts}
         if args.task not in by_task:

@@ -17,31 +17,14 @@ from hpa_ext.hide.persistence import load, read_settings
 from hpa_ext.training.hide_expert import ANCHORS_FILE
 
 
-def load_model(args: argparse.Namespace, for_routing: bool = True) -> tuple[HiDeModel, Any, Any]:
+def load_model(args: argparse.Namespace) -> tuple[HiDeModel, Any, Any]:
     """A saved HiDe model on its base, with processor and weights."""
     _quiet()
     settings = read_settings(args.model)
     base, weights = load_base(args.base, args.device, getattr(torch, args.dtype) if args.dtype else None)
-    processor = load_processor(args.base) if for_routing else None
-    features = None
-    if for_routing:
-        features = features_of(settings["features"], base, processor, args.clip)
-    elif settings["features"] is not None:
-        features = NoFeatures(settings["features"])
+    processor = load_processor(args.base)
+    features = features_of(settings["features"], base, processor, args.clip)
     return load(args.model, base, features=features, base_weights=weights.tensor), processor, weights
-
-
-class NoFeatures:
-    """In place of features where nothing will be routed, so that a merge does not need CLIP."""
-
-    image = text = None
-
-    def __init__(self, description: dict[str, Any]) -> None:
-        self._description = description
-
-    def describe(self) -> dict[str, Any]:
-        """The description it was made with."""
-        return self._description
 
 
 def gather_anchors(
@@ -60,7 +43,7 @@ def gather_anchors(
         missing = [task for task in tasks if task not in found]
         if missing:
             raise ValueError(f"anchors: expected {files[missing[0]]}, or --data {missing[0]}=FILE, got neither")
-        return _joined([Anchors.load(files[task]).select([task]) for task in tasks])
+        return _joined([_anchors_beside(files[task], task) for task in tasks])
     data = named("--data", args.data)
     absent = [task for task in tasks if task not in data]
     if absent:
@@ -78,6 +61,16 @@ def gather_anchors(
         collect_anchors(base, task, batches, features, anchors)
     weights.close()
     return anchors
+
+
+def _anchors_beside(file: Path, task: str) -> Anchors:
+    anchors = Anchors.load(file)
+    if task not in anchors:
+        raise ValueError(
+            f"{file}: expected anchors of {task!r}, got {', '.join(anchors.tasks) or 'none'}; call the task so, or "
+            f"gather them with --data {task}=FILE"
+        )
+    return anchors.select([task])
 
 
 def _joined(parts: list[Anchors]) -> Anchors:

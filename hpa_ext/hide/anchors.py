@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor
 
 from hpa_ext.errors import NumericalError
+from hpa_ext.hide.anchor_file import read_means, write_means
 from hpa_ext.hide.config import HiDeConfig
 from hpa_ext.hide.routing import batch_cosines, cosines, routing_weights, similarity
-from hpa_ext.hide.tensor_files import read_tensors, write_tensors
-
-MODALITIES = ("image", "text")
-_FORMAT = "1"
 
 
 @dataclass
@@ -156,7 +152,10 @@ class Anchors:
         return found.mean.clone()
 
     def merge_(self, other: Anchors) -> Anchors:
-        """Add the samples of other anchors, as several processes gather them; new tasks are put last."""
+        """Add the samples of other anchors, as several processes gather them; new tasks are put last.
+
+        Empty anchors that nobody has described take over the description of the others.
+        """
         if self.features is not None and other.features is not None and dict(self.features) != dict(other.features):
             raise ValueError(f"other: expected anchors of {dict(self.features)}, got {dict(other.features)}")
         for means in other._means.values():
@@ -164,6 +163,8 @@ class Anchors:
                 width = self._width(modality)
                 if width not in (None, found.mean.shape[0]):
                     raise ValueError(f"other: expected {modality} features of width {width}, got {len(found.mean)}")
+        if not self._means and self.features is None:
+            self.features = other.features
         for task, means in other._means.items():
             mine = self._means.setdefault(task, {})
             for modality, found in means.items():
@@ -188,33 +189,19 @@ class Anchors:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, whole or not at all."""
-        tensors = {}
-        for number, means in enumerate(self._means.values()):
-            for modality, found in means.items():
-                tensors[f"{number}.{modality}.mean"] = found.mean
-                tensors[f"{number}.{modality}.count"] = torch.tensor(found.count, dtype=torch.int64)
-        metadata = {
-            "hide_anchors": _FORMAT,
-            "tasks": json.dumps(self.tasks),
-            "features": json.dumps(None if self.features is None else dict(self.features)),
+        means = {
+            task: {modality: (found.count, found.mean) for modality, found in of_task.items()}
+            for task, of_task in self._means.items()
         }
-        return write_tensors(path, tensors, metadata)
+        return write_means(path, means, self.features)
 
     @classmethod
     def load(cls, path: str | Path) -> Anchors:
         """Read what `save` wrote. ValueError if the file is another, or broken."""
-        tensors, metadata = read_tensors(path)
-        if metadata.get("hide_anchors") != _FORMAT:
-            raise ValueError(f"{path}: expected anchors of HiDe in format {_FORMAT}, got another safetensors file")
-        features = json.loads(metadata["features"])
+        means, features = read_means(path)
         anchors = cls(features)
-        for number, task in enumerate(json.loads(metadata["tasks"])):
-            means = {}
-            for modality in MODALITIES:
-                if f"{number}.{modality}.mean" in tensors:
-                    count = int(tensors[f"{number}.{modality}.count"])
-                    means[modality] = Mean(count, tensors[f"{number}.{modality}.mean"])
-            anchors._means[task] = means
+        for task, of_task in means.items():
+            anchors._means[task] = {modality: Mean(*found) for modality, found in of_task.items()}
         return anchors
 
     def _of(self, task: str) -> dict[str, Mean]:

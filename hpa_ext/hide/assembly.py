@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from hpa_ext.hide.config import HiDeConfig
 from hpa_ext.hide.experts import Expert, ExpertUpdate, stack
-from hpa_ext.hide.fusion import FusedUpdate, fuse, fuse_into, fuse_projectors
+from hpa_ext.hide.fusion import FusedUpdate, fuse, fuse_into, fuse_projectors, require_finite
 from hpa_ext.hide.layers import FusedAdapterLinear, RoutedLinear, RoutedProjector
 from hpa_ext.hide.routing_state import RoutingState
 from hpa_ext.hide.structure import layer_number, projector_name, replace_module
 from hpa_ext.models.linears import find_linears
+
+# What can be added to. Float8 cannot: such a weight has a scale beside it, as other quantised ones have.
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Reads a base weight by parameter name, as `hpa_ext.checkpoints.CheckpointWeights.tensor` does.
 BaseWeights = Callable[[str], Tensor]
@@ -73,6 +76,13 @@ def merged_assignments(assignments: Mapping[str, Assignment], expert: Expert | N
     return merged
 
 
+def merged_projector(experts: Sequence[Expert], config: HiDeConfig, expert: Expert | None) -> tuple[list[Expert], str]:
+    """Whose projectors act, and how, where every routed part takes in this one expert, or nothing."""
+    if config.projector == "routed":
+        return ([] if expert is None else [expert]), "last"
+    return list(experts), config.projector
+
+
 class Assembly:
     """A base model and what was done to it.
 
@@ -83,6 +93,9 @@ class Assembly:
             is quantised).
         base_weights: reads a base weight again when it is needed. None: fused weights are kept as they were, on the
             CPU, which costs as much memory as they take.
+
+    Raises:
+        TypeError: expert_dtype is no floating-point dtype that can be computed in.
     """
 
     def __init__(
@@ -92,6 +105,8 @@ class Assembly:
         expert_dtype: torch.dtype | None = None,
         base_weights: BaseWeights | None = None,
     ) -> None:
+        if expert_dtype is not None and expert_dtype not in PLAIN_DTYPES:
+            raise TypeError(f"expert_dtype: expected one of {', '.join(map(str, PLAIN_DTYPES))}, got {expert_dtype!r}")
         self.model, self.state, self.expert_dtype = model, state, expert_dtype
         self._linears = {name: linear for name, linear in find_linears(model, ".*").items()}
         self._base_weights = base_weights
@@ -112,7 +127,8 @@ class Assembly:
         """Bring the model into this state, from whatever state it is in.
 
         A linear whose fused experts did not change is left alone. ValueError, before anything is changed, for what
-        cannot be done: merging into a quantised weight, or a weight that is not loaded.
+        cannot be done: merging into a quantised weight, or a weight that is not loaded. NumericalError, with the
+        module, for experts that leave the range of the dtype.
         """
         for name in assignments:
             if self._linears[name].base.weight.device.type == "meta":
@@ -129,7 +145,9 @@ class Assembly:
                 continue
             update = fuse(found.updates, found.coefficients, found.fusion)
             if merged[name]:
-                self._merge(name, found, fuse_into(self._base(name), update))
+                weight = fuse_into(self._base(name), update)
+                require_finite(name, [weight], "fused weights")
+                self._merge(name, found, weight)
             else:
                 self._wrap(name, self._adapter(name, update))
         for name, found in assignments.items():
@@ -160,7 +178,7 @@ class Assembly:
 
     def is_quantised(self, name: str) -> bool:
         """Whether nothing can be added to the weight of this linear."""
-        return not self._linears[name].base.weight.dtype.is_floating_point
+        return self._linears[name].base.weight.dtype not in PLAIN_DTYPES
 
     @property
     def routes(self) -> bool:
@@ -178,6 +196,7 @@ class Assembly:
 
     def _routed(self, name: str, experts: Sequence[Expert]) -> RoutedLinear:
         a, b, scaling = stack(experts, name, self._dtype(name))
+        require_finite(name, [a, b], "routed experts")
         device = self._linears[name].base.weight.device
         gains = None
         changes = [expert.updates[name].gain_change if name in expert.updates else None for expert in experts]
@@ -191,12 +210,14 @@ class Assembly:
     def _dtype(self, name: str) -> torch.dtype:
         if self.expert_dtype is not None:
             return self.expert_dtype
-        weight = self._linears[name].base.weight
-        return weight.dtype if weight.dtype.is_floating_point else self.model.dtype
+        dtype = self._linears[name].base.weight.dtype
+        return dtype if dtype in PLAIN_DTYPES else self.model.dtype
 
     def _adapter(self, name: str, update: FusedUpdate) -> FusedAdapterLinear:
         base = self._linears[name].base
-        return FusedAdapterLinear(base, update, self._dtype(name)).to(base.weight.device)
+        adapter = FusedAdapterLinear(base, update, self._dtype(name)).to(base.weight.device)
+        require_finite(name, [adapter.a, adapter.b], "fused experts")
+        return adapter
 
     def _base(self, name: str) -> Tensor:
         """The base weight ``[out, in]``; the first time it is what the model holds."""
@@ -243,7 +264,9 @@ class Assembly:
         found = [{name.removeprefix(prefix): value for name, value in owner.projector.items()} for owner in owners]
         coefficients = [config.coefficient(owner.task) for owner in owners]
         if how != "routed":
-            self._place_projector(fuse_projectors(self._base_projector, found, coefficients, how))
+            values = fuse_projectors(self._base_projector, found, coefficients, how)
+            require_finite(self.projector_name, list(values.values()), "projectors")
+            self._place_projector(values)
             return
         own = {owner.task: values for owner, values in zip(owners, found, strict=True)}
         self._place_projector(self._base_projector)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from hpa_ext.hide.anchors import Anchors
@@ -34,6 +35,22 @@ def check_parts(
     extra = sorted(set(anchors.tasks) - set(tasks))
     if extra:
         raise ValueError(f"adapters: expected one for every task of the anchors, got none for {extra[0]!r}")
+
+
+def check_config(config: object) -> None:
+    """TypeError if this is no `HiDeConfig`."""
+    if not isinstance(config, HiDeConfig):
+        raise TypeError(f"config: expected a HiDeConfig, got {type(config).__name__}")
+
+
+def check_weights(weights: object, tasks: int) -> None:
+    """TypeError or ValueError if these are no finite routing weights ``[b, tasks]``."""
+    if not isinstance(weights, torch.Tensor):
+        raise TypeError(f"weights: expected a Tensor [b, {tasks}] or a task's name, got {type(weights).__name__}")
+    if weights.dim() != 2 or weights.shape[1] != tasks or not weights.is_floating_point():
+        raise ValueError(f"weights: expected float [b, {tasks}], got {weights.dtype} {list(weights.shape)}")
+    if not bool(torch.isfinite(weights).all()):
+        raise ValueError("weights: expected finite numbers, got NaN or Inf")
 
 
 def check_features(anchors: Anchors | None, features: Features) -> None:

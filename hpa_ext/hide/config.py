@@ -67,9 +67,10 @@ class HiDeConfig:
             raise ValueError(f"top_layers: expected an int of at least 0, got {self.top_layers!r}")
         for name in ("image_weight", "text_weight", "temperature"):
             _check_number(name, getattr(self, name))
-        if self.image_weight < 0 or self.text_weight < 0 or self.image_weight + self.text_weight == 0:
+        total = self.image_weight + self.text_weight
+        if self.image_weight < 0 or self.text_weight < 0 or total == 0 or not math.isfinite(total):
             raise ValueError(
-                "image_weight, text_weight: expected two numbers of at least 0, not both 0, "
+                "image_weight, text_weight: expected two numbers of at least 0, not both 0, with a finite sum, "
                 f"got {self.image_weight!r} and {self.text_weight!r}"
             )
         if self.temperature <= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -66,8 +67,9 @@ def check_expert(expert: Expert, model: nn.Module) -> None:
     """Refuse what does not fit the model, before anything is changed.
 
     Raises:
-        ValueError: an update of a module that is no linear of the decoder (or the output head), a wrong shape, a
-            replaced parameter that is not of the projector, or an expert with no update at all. Named.
+        ValueError: an update of a module that is no linear of the decoder (or the output head), a wrong shape or dtype,
+            a scaling that is not finite, a replaced parameter that is not of the projector, or an expert with no update
+            at all. Named.
         NumericalError: NaN or Inf.
     """
     plain = unwrap(model)
@@ -90,7 +92,11 @@ def check_expert(expert: Expert, model: nn.Module) -> None:
             raise ValueError(f"{where}: B: expected [{out_features}, {update.rank}], got {list(update.b.shape)}")
         if update.gain_change is not None and tuple(update.gain_change.shape) != (in_features,):
             raise ValueError(f"{where}: gain_change: expected [{in_features}], got {list(update.gain_change.shape)}")
+        if not math.isfinite(update.scaling):
+            raise ValueError(f"{where}: scaling: expected a finite number, got {update.scaling}")
         for part, tensor in (("A", update.a), ("B", update.b), ("gain_change", update.gain_change)):
+            if tensor is not None and not tensor.is_floating_point():
+                raise ValueError(f"{where}: {part}: expected floats, got {tensor.dtype}")
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise NumericalError(f"{part} of task {expert.task!r} holds NaN or Inf", module=name)
     _check_projector(expert, plain)
@@ -158,8 +164,10 @@ def _check_projector(expert: Expert, model: nn.Module) -> None:
             raise ValueError(f"{where}: expected parameters of the projector ({parent}) alone to be replaced, got this")
         if name not in parameters:
             raise ValueError(f"{where}: expected a parameter of the model, got none of this name")
-        if tensor.shape != parameters[name].shape:
-            raise ValueError(f"{where}: expected {list(parameters[name].shape)}, got {list(tensor.shape)}")
+        if tensor.shape != parameters[name].shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"{where}: expected floats {list(parameters[name].shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"the projector of task {expert.task!r} holds NaN or Inf", module=name)
     whole = {name for name in parameters if in_module(name, parent)}

@@ -13,13 +13,21 @@ from torch import Tensor
 from hpa_ext.hide.assembly import Assignment
 from hpa_ext.hide.experts import Expert, ExpertUpdate
 from hpa_ext.hide.fusion import fuse
+from hpa_ext.hide.structure import PROJECTORS
 from hpa_ext.hide.tensor_files import new_directory, write_tensors, write_text
 
 _PREFIX = "base_model.model."
 
 
-def fused_expert(assignments: Mapping[str, Assignment], task: str = "fused") -> Expert:
+def fused_expert(
+    assignments: Mapping[str, Assignment], task: str = "fused", projector: Mapping[str, Tensor] | None = None
+) -> Expert:
     """The fused layers as one expert, their ranks added (or one expert's rank with ``fusion="factors"``).
+
+    Args:
+        assignments: see `HiDeModel.assignments`.
+        task: its name.
+        projector: that belongs to it, by parameter name in the plain model; None for the base's.
 
     ValueError if there is no fused layer.
     """
@@ -31,7 +39,7 @@ def fused_expert(assignments: Mapping[str, Assignment], task: str = "fused") -> 
             updates[name] = ExpertUpdate(update.a, update.b, 1.0, change)
     if not updates:
         raise ValueError("the model has no fused layers to export")
-    return Expert(task, updates)
+    return Expert(task, updates, dict(projector or {}))
 
 
 def export_adapter(
@@ -76,7 +84,7 @@ def _config(expert: Expert, base_name: str) -> dict[str, object]:
         for name, update in expert.updates.items()
         if update.scaling * update.rank != first.scaling * first.rank
     }
-    saved = sorted({name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2] for name in expert.projector})
+    saved = sorted({part for name in expert.projector for part in name.split(".") if part in PROJECTORS})
     return {
         "peft_type": "LORA",
         "task_type": None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hpa_ext.errors import NumericalError
 from hpa_ext.hide.experts import ExpertUpdate
 from hpa_ext.precision import without_autocast
 
@@ -86,6 +87,16 @@ def fuse_into(weight: Tensor, update: FusedUpdate) -> Tensor:
                 total = total * gain
             result[rows] = torch.addmm(total, b[rows], a)
     return result
+
+
+def require_finite(name: str, tensors: Sequence[Tensor], what: str) -> None:
+    """NumericalError, with the module's name, if one of these is not finite: experts that leave the dtype's range."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise NumericalError(
+            f"{what} are not finite in {tensors[0].dtype}: the base holds NaN or Inf, or the experts are too large for "
+            "this dtype",
+            module=name,
+        )
 
 
 def fuse_projectors(

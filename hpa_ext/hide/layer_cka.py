@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -122,8 +122,12 @@ def layer_cka(
         raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {pool!r}")
     if len(runs) < 2:
         raise ValueError(f"runs: expected at least two, got {len(runs)}")
-    select = resolve(token_mask)
     names = list(runs)
+    for first, second in itertools.combinations(names, 2):
+        batches = runs[first].batches
+        if batches is runs[second].batches and isinstance(batches, Iterator):
+            raise ValueError(f"runs: expected batches of its own for {second!r}, got the iterator of {first!r}")
+    select = resolve(token_mask)
     layers = [name for name, _ in decoder_layers(unwrap(runs[names[0]].model))]
     streams = [StreamingCKA(names, dtype) for _ in layers]
     steps = itertools.zip_longest(*(run.batches for run in runs.values()))
@@ -143,7 +147,7 @@ def layer_cka(
 
 
 def expert_cka(
-    model: HiDeModel, batches: Mapping[str, Iterable[Mapping[str, Any]]] | list[Mapping[str, Any]], **options: Any
+    model: HiDeModel, batches: Mapping[str, Iterable[Mapping[str, Any]]] | Sequence[Mapping[str, Any]], **options: Any
 ) -> LayerCKA:
     """`layer_cka` between the experts of a HiDe model: the base with each task's expert alone, in all layers.
 
@@ -153,6 +157,10 @@ def expert_cka(
         options: as for `layer_cka`.
     """
     own = isinstance(batches, Mapping)
+    if not own and not isinstance(batches, Sequence):
+        raise TypeError(
+            f"batches: expected a list, on which every expert runs, or a mapping, got {type(batches).__name__}"
+        )
     if own and set(batches) != set(model.tasks):
         raise ValueError(f"batches: expected a list, or batches for {', '.join(model.tasks)}, got {', '.join(batches)}")
     runs = {

@@ -63,11 +63,12 @@ class RoutedLinear(nn.Module):
         return output + branch.to(output.dtype)
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        key = (device, dtype)
-        if key not in self._placed:
+        found = self._placed.get((device, dtype))
+        if found is None:
             gains = None if self._gain_changes is None else self._gain_changes.to(device, dtype)
-            self._placed = {key: (self._scaling.to(device, dtype), gains)}
-        return self._placed[key]
+            found = self._scaling.to(device, dtype), gains
+            self._placed = {(device, dtype): found}
+        return found
 
     def extra_repr(self) -> str:
         tasks, rank, _ = self.a.shape

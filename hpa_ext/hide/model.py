@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from hpa_ext.hide.anchors import Anchors
-from hpa_ext.hide.assembly import Assembly, Assignment, BaseWeights, assign, merged_assignments
-from hpa_ext.hide.checks import check_coefficients, check_features, check_parts
+from hpa_ext.hide.assembly import (
+    Assembly,
+    Assignment,
+    BaseWeights,
+    assign,
+    merged_assignments,
+    merged_projector,
+)
+from hpa_ext.hide.checks import check_coefficients, check_config, check_features, check_parts, check_weights
 from hpa_ext.hide.config import HiDeConfig
 from hpa_ext.hide.expert_sources import read_expert, read_experts
 from hpa_ext.hide.experts import Expert, expert_modules
@@ -33,6 +40,7 @@ class HiDeModel(nn.Module):
     Below, experts are fused into the weights (no cost at inference); in the top layers they stay apart and are weighted
     for each sample by how close its image and its text are to each task's anchors. The base model is changed in place
     and can be used as before: its own ``forward`` and ``generate`` route as well. `unload` gives it back bit for bit.
+    Several threads may run it at once, each with its own prompts, but not while it is changed.
 
     Args:
         base: a plain transformers model (no PEFT around it), quantised or not.
@@ -63,8 +71,7 @@ class HiDeModel(nn.Module):
     ) -> None:
         super().__init__()
         config = HiDeConfig() if config is None else config
-        if not isinstance(config, HiDeConfig):
-            raise TypeError(f"config: expected a HiDeConfig, got {type(config).__name__}")
+        check_config(config)
         if anchors is not None and not isinstance(anchors, Anchors):
             raise TypeError(f"anchors: expected Anchors, got {type(anchors).__name__}")
         if unwrap(base) is not base:
@@ -181,12 +188,14 @@ class HiDeModel(nn.Module):
 
     @contextmanager
     def routed(self, weights: Tensor | str) -> Iterator[HiDeModel]:
-        """Within the context these weights hold: ``[b, tasks]``, ``[1, tasks]`` for every row, or one task's name."""
+        """Within the context these weights hold: ``[b, tasks]``, ``[1, tasks]`` for every row, or one task's name.
+
+        They hold for every thread that runs the model.
+        """
         if isinstance(weights, str):
             self._task(weights)
             weights = torch.tensor([[float(task == weights) for task in self.tasks]])
-        if weights.dim() != 2 or weights.shape[1] != len(self.tasks):
-            raise ValueError(f"weights: expected [b, {len(self.tasks)}], got {list(weights.shape)}")
+        check_weights(weights, len(self.tasks))
         with self.state.fixed(weights.to(self.device)):
             yield self
 
@@ -234,6 +243,7 @@ class HiDeModel(nn.Module):
 
     def configure(self, config: HiDeConfig) -> None:
         """Change the settings: the ablations on one set of experts. Nothing changes if anything raises."""
+        check_config(config)
         check_coefficients(config, self.tasks)
         self._take_in_training()
         self._rebuild(self._experts, self.anchors, config)
@@ -277,11 +287,10 @@ class HiDeModel(nn.Module):
         quantised = [name for name in assignments if self._assembly.is_quantised(name)]
         if quantised:
             raise ValueError(f"{quantised[0]}: expected a plain weight to merge into, got a quantised one")
-        chosen = merged_assignments(assignments, None if task is None else experts[task])
+        expert = None if task is None else experts[task]
+        chosen = merged_assignments(assignments, expert)
         config = self.config.replace(fused_form="merged")
-        owners, how = list(experts.values()), config.projector
-        if how == "routed":
-            owners, how = ([] if task is None else [experts[task]]), "last"
+        owners, how = merged_projector(list(experts.values()), config, expert)
         with interrupt_held_back():
             self._assembly.build(owners, chosen, config, how)
             self._hooks.detach()

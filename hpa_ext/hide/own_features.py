@@ -58,6 +58,11 @@ def clip_features(
     return Features(ImageFeature(image, projection), text)
 
 
+def wants_clip(description: Mapping[str, Any]) -> bool:
+    """Whether the features that `Features.describe` wrote down need CLIP beside the model."""
+    return description.get("image") == "projected" or str(description.get("text")).startswith("clip")
+
+
 def described_features(
     description: Mapping[str, Any] | None, model: nn.Module, clip: nn.Module | None, clip_tokenizer: Any, tokenizer: Any
 ) -> Features:
@@ -75,8 +80,7 @@ def described_features(
     if description is None:
         return own_features(model, tokenizer)
     text, image = description.get("text"), description.get("image")
-    wants_clip = image == "projected" or str(text).startswith("clip")
-    if wants_clip and clip is None:
+    if wants_clip(description) and clip is None:
         raise ValueError(f"clip: expected the CLIP model whose features these are ({dict(description)}), got none")
     found_image = None
     if image is not None:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from hpa_ext.checkpoints.shard_files import is_plain_name
 from hpa_ext.hide.anchors import Anchors
+from hpa_ext.hide.checks import check_parts
 from hpa_ext.hide.config import HiDeConfig
-from hpa_ext.hide.experts import Expert, ExpertUpdate
+from hpa_ext.hide.experts import Expert, ExpertUpdate, expert_modules
 from hpa_ext.hide.tensor_files import new_directory, read_tensors, write_tensors, write_text
 
 if TYPE_CHECKING:
@@ -63,20 +65,32 @@ def save_parts(
 
 
 def add_expert(
-    directory: str | Path, expert: Expert, anchors: Anchors | None = None, coefficient: float | None = None
+    directory: str | Path,
+    expert: Expert,
+    base: nn.Module,
+    anchors: Anchors | None = None,
+    coefficient: float | None = None,
 ) -> None:
-    """Put one more task into a saved model; `anchors` holds its anchors, others in it are not looked at.
+    """Put one more task into a saved model.
 
     The settings, which name the experts, are written last: until then the directory is the model that it was.
 
+    Args:
+        directory: what `save` wrote.
+        expert: of a new task.
+        base: the base model, or a skeleton of it.
+        anchors: holding those of the task; others in it are not looked at.
+        coefficient: its fusion coefficient; None for that of the settings.
+
     Raises:
-        ValueError: the task is there already, or its anchors are missing or of other features.
+        ValueError: the task is there already, its anchors are missing or of other features, or the model would not fit
+            together with it. Nothing was written then.
     """
     directory = Path(directory)
-    settings = read_settings(directory)
+    experts, together, config, settings = load_parts(directory)
+    check_base(directory, settings, base)
     if expert.task in settings["experts"]:
         raise ValueError(f"task: expected a new one, got {expert.task!r}; remove it first")
-    together = _anchors_of(directory, settings)
     if anchors is not None and expert.task not in anchors:
         raise ValueError(f"anchors: expected those of {expert.task!r}, got {', '.join(anchors.tasks) or 'none'}")
     if together is not None and anchors is None:
@@ -84,16 +98,18 @@ def add_expert(
     if anchors is not None:
         together = Anchors(settings["features"]) if together is None else together
         together.merge_(anchors.select([expert.task]))
+        settings["features"] = settings["features"] or together.features
+    if coefficient is not None:
+        coefficients = {task: config.coefficient(task) for task in settings["experts"]} | {expert.task: coefficient}
+        config = config.replace(fusion_coefficients=coefficients)
+    check_parts(base, expert_modules(base), [*experts, expert], together, config)
     taken = set(settings["experts"].values())
     file = next(name for name in (f"expert-{n:04d}.safetensors" for n in itertools.count()) if name not in taken)
     write_expert(directory / file, expert)
     if together is not None:
         together.save(directory / ANCHORS_FILE)
     settings["experts"][expert.task] = file
-    config = HiDeConfig.from_dict(settings["config"])
-    if coefficient is not None:
-        coefficients = {task: config.coefficient(task) for task in settings["experts"]} | {expert.task: coefficient}
-        settings["config"] = config.replace(fusion_coefficients=coefficients).to_dict()
+    settings["config"] = config.to_dict()
     _write_settings(directory, settings)
 
 
@@ -121,24 +137,19 @@ def load(directory: str | Path, base: nn.Module, *, config: HiDeConfig | None = 
         directory: what `save` wrote.
         base: the plain base model; changed in place.
         config: settings to use instead of the saved ones.
-        options: `features` (needed where the saved ones are not the model's own), `expert_dtype`, `base_weights`.
+        options: `features` (needed where the saved ones are CLIP's), `expert_dtype`, `base_weights`.
 
     Raises:
         FileNotFoundError, ValueError: not such a directory, or broken, or of another base or other features.
     """
     from hpa_ext.hide.model import HiDeModel
-    from hpa_ext.hide.own_features import own_features
+    from hpa_ext.hide.own_features import described_features, wants_clip
 
     experts, anchors, saved, settings = load_parts(directory)
-    if settings["base"]["class"] != type(base).__name__:
-        raise ValueError(
-            f"{directory}: expected a base of class {settings['base']['class']}, got {type(base).__name__}"
-        )
-    wanted = settings["features"] or {}
-    if options.get("features") is None and wanted.get("text") == "embedding":
-        own = own_features(base)
-        own.text.skip_ids = list(wanted["skip_ids"])
-        options["features"] = own
+    check_base(directory, settings, base)
+    wanted = settings["features"]
+    if options.get("features") is None and wanted is not None and not wants_clip(wanted):
+        options["features"] = described_features(wanted, base, None, None, None)
     adapters = {expert.task: expert for expert in experts}
     return HiDeModel(base, adapters, anchors, config or saved, **options)
 
@@ -154,7 +165,11 @@ def load_parts(directory: str | Path) -> tuple[list[Expert], Anchors | None, HiD
         if expert.task != task:
             raise ValueError(f"{file}: expected the expert of {task!r}, got {expert.task!r}")
         experts.append(expert)
-    return experts, _anchors_of(directory, settings), HiDeConfig.from_dict(settings["config"]), settings
+    try:
+        config = HiDeConfig.from_dict(settings["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory / SETTINGS_FILE}: {error}") from error
+    return experts, _anchors_of(directory, settings), config, settings
 
 
 def read_settings(directory: str | Path) -> dict[str, Any]:
@@ -169,10 +184,18 @@ def read_settings(directory: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or settings.get("format") != _FORMAT:
         found = settings.get("format") if isinstance(settings, dict) else type(settings).__name__
         raise ValueError(f"{path}: expected format {_FORMAT}, got {found!r}")
+    for key, kind in (("experts", dict), ("config", dict), ("base", dict), ("features", dict | None)):
+        if not isinstance(settings.get(key), kind):
+            raise ValueError(f"{path}: {key}: expected it as `save` writes it, got {settings.get(key)!r}")
     for task, name in settings["experts"].items():
-        if Path(name).name != name:
+        if not isinstance(name, str) or not is_plain_name(name):
             raise ValueError(f"{path}: experts: {task!r}: expected the name of a file, got {name!r}")
     return settings
+
+
+def has_anchors(directory: str | Path) -> bool:
+    """Whether a saved HiDe model has anchors; one that routes nothing may have none."""
+    return (Path(directory) / ANCHORS_FILE).is_file()
 
 
 def write_expert(path: str | Path, expert: Expert) -> Path:
@@ -195,21 +218,34 @@ def read_saved_expert(path: str | Path) -> Expert:
     tensors, metadata = read_tensors(path)
     if metadata.get("hide_expert") != str(_FORMAT):
         raise ValueError(f"{path}: expected an expert of HiDe in format {_FORMAT}, got another safetensors file")
+    try:
+        task, scalings = metadata["task"], {name: float(s) for name, s in json.loads(metadata["scaling"]).items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a task and scalings in the metadata, got {metadata}") from error
     updates = {}
-    for name, scaling in json.loads(metadata["scaling"]).items():
+    for name, scaling in scalings.items():
         try:
             a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
         except KeyError as error:
             raise ValueError(f"{path}: expected A and B of {name}, got no {error}") from error
         updates[name] = ExpertUpdate(a, b, scaling, tensors.get(f"{name}.gain_change"))
     projector = {name.removeprefix(_PROJECTOR): value for name, value in tensors.items() if name.startswith(_PROJECTOR)}
-    return Expert(metadata["task"], updates, projector)
+    return Expert(task, updates, projector)
 
 
 def _anchors_of(directory: Path, settings: dict[str, Any]) -> Anchors | None:
     """The anchors of the tasks that the settings name; the file may hold more, if adding one was cut off."""
-    path = directory / ANCHORS_FILE
-    return Anchors.load(path).select(list(settings["experts"])) if path.is_file() else None
+    if not has_anchors(directory):
+        return None
+    return Anchors.load(directory / ANCHORS_FILE).select(list(settings["experts"]))
+
+
+def check_base(directory: Path | str, settings: dict[str, Any], base: nn.Module) -> None:
+    """ValueError if the settings were written for a base of another class."""
+    if settings["base"].get("class") != type(base).__name__:
+        raise ValueError(
+            f"{directory}: expected a base of class {settings['base'].get('class')}, got {type(base).__name__}"
+        )
 
 
 def _write_settings(directory: Path, settings: dict[str, Any]) -> None:

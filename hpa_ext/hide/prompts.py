@@ -38,9 +38,9 @@ def prompt_of(model: nn.Module, inputs: dict[str, Any]) -> Prompt | None:
     mask = inputs.get("attention_mask")
     if mask is None:
         counted = torch.ones_like(ids, dtype=torch.bool)
-    elif not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != ids.shape[0]:
+    elif not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != len(ids) or mask.shape[1] < ids.shape[1]:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: expected [{ids.shape[0]}, tokens], from which padding is seen, got {got}")
+        raise ValueError(f"attention_mask: expected {list(ids.shape)}, from which padding is seen, got {got}")
     else:
         counted = mask[:, -ids.shape[1] :].to(ids.device).bool()
     token = image_token_id(model)

@@ -41,6 +41,8 @@ def similarity(
 
 def batch_cosines(cosine: Tensor, counted: Tensor | None = None) -> Tensor:
     """Each task's largest cosine over the rows that count, for all rows: how the authors' code routes a batch."""
+    if cosine.shape[0] == 0:
+        return cosine
     if counted is not None:
         if not bool(counted.any()):
             return cosine
@@ -50,7 +52,8 @@ def batch_cosines(cosine: Tensor, counted: Tensor | None = None) -> Tensor:
 
 def routing_weights(similarities: Tensor, temperature: float) -> Tensor:
     """``d = softmax(r / T)`` over the tasks (HiDe, equation 4)."""
-    return torch.softmax(similarities / temperature, dim=-1)
+    # The largest is taken off before the division, which overflows for the smallest temperatures.
+    return torch.softmax((similarities - similarities.amax(-1, keepdim=True)) / temperature, dim=-1)
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from hpa_ext.models.structure import decoder_name, in_module
 
 _TOWERS = ("vision_tower", "vision_model", "visual")
-_PROJECTORS = ("multi_modal_projector", "mm_projector")
+PROJECTORS = ("multi_modal_projector", "mm_projector")
 
 
 def layer_number(model: nn.Module, name: str) -> tuple[int, int]:
@@ -49,7 +49,7 @@ def vision_tower_name(model: nn.Module) -> str | None:
 
 def projector_name(model: nn.Module) -> str | None:
     """Name of the projector from vision features to the language model, None for a model without one."""
-    return _first_named(model, _PROJECTORS)
+    return _first_named(model, PROJECTORS)
 
 
 def output_head_name(model: nn.Module) -> str | None:

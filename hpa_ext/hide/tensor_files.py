@@ -18,6 +18,11 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
     path = Path(path)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    seen: set[int] = set()
+    for name, value in contiguous.items():  # safetensors refuses memory that two names share
+        if value.data_ptr() in seen:
+            contiguous[name] = value.clone()
+        seen.add(value.data_ptr())
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -50,9 +55,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def new_directory(directory: str | Path) -> Iterator[Path]:
     """A directory to fill, which takes its name when the context ends well and is removed otherwise.
 
-    ValueError if `directory` exists and is not empty.
+    ValueError if `directory` exists and is not empty, or is the working directory, which cannot be replaced.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
+    if directory == Path.cwd():
+        raise ValueError(f"directory: expected one to make, got {directory}, in which this process works")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"directory: expected a new or an empty one, got {directory}")
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from hpa_ext.hide.anchors import Anchors
 from hpa_ext.hide.features import Features
 from hpa_ext.hide.own_features import own_features
 from hpa_ext.hide.structure import projector_name
+from hpa_ext.hide.tensor_files import new_directory
 from hpa_ext.training.loop import PRECISIONS, TrainingLog
 from hpa_ext.training.lora import LANGUAGE_LINEARS
 
@@ -135,12 +136,15 @@ def train_expert(
 
 
 def save_expert(expert: TrainedExpert, directory: str | Path, anchors: Anchors | None = None) -> Path:
-    """Write a plain PEFT adapter, with the task's anchors beside it; returns the directory."""
-    directory = Path(directory)
-    expert.model.save_pretrained(directory)
-    if anchors is not None:
-        anchors.save(directory / ANCHORS_FILE)
-    return directory
+    """Write a plain PEFT adapter, with the task's anchors beside it, whole or not at all; returns the directory.
+
+    ValueError if `directory` exists and is not empty.
+    """
+    with new_directory(directory) as unfinished:
+        expert.model.save_pretrained(unfinished)
+        if anchors is not None:
+            anchors.save(unfinished / ANCHORS_FILE)
+    return Path(directory)
 
 
 def _run(
@@ -169,6 +173,8 @@ def _run(
             inputs = {name: value.to(device) for name, value in collate(batch).items()}
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 loss = model(**inputs, use_cache=False).loss
+            if loss is None:
+                raise ValueError(f"collate: expected inputs with labels, got {', '.join(inputs)}")
             log.losses.append(loss.item())
             if not math.isfinite(log.losses[-1]):
                 model.eval()
