@@ -13,12 +13,14 @@ from .rows import Row, Setting
 
 BENCHMARKS = (
     "gram",
+    "gram_kernels",
     "inverse_diagonal",
     "column_scores",
     "column_mask",
     "project_merge",
     "routed_lora",
     "harmonize",
+    "compromise",
     "hide",
 )
 

@@ -32,6 +32,7 @@ if(HPA_HAS_CUDA)
   target_sources(hpa PRIVATE
     csrc/cuda/runtime.cu
     csrc/cuda/gram.cu
+    csrc/cuda/gram_sm90.cu
     csrc/cuda/inverse_diagonal.cu
     csrc/cuda/column_scores.cu
     csrc/cuda/column_mask.cu

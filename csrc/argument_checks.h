@@ -67,6 +67,19 @@ inline Status check_inverse_diagonal(const MatrixBatch& h, double damping, Preci
   return {};
 }
 
+inline Status check_inverse_diagonal_of_rows(const ConstMatrix& x, double damping, const RowsDiagonalResult& result) {
+  HPA_REQUIRE_MATRIX(x);
+  HPA_REQUIRE(x.rows >= 1 && x.rows < 0x7fffffff, "x: tokens must be between 1 and 2^31 - 2");
+  HPA_REQUIRE(x.columns < 0x7fffffff, "x: columns must be below 2^31 - 1");
+  HPA_REQUIRE(std::isfinite(damping) && damping > 0, "damping: must be finite and positive");
+  HPA_REQUIRE(result.failed_minor != nullptr, "failed_minor: must not be null");
+  HPA_REQUIRE(result.smallest_pivot != nullptr, "smallest_pivot: must not be null");
+  HPA_REQUIRE(result.smallest_remainder != nullptr, "smallest_remainder: must not be null");
+  HPA_REQUIRE(result.diagonal != nullptr || x.columns == 0, "diagonal: must not be null");
+  HPA_REQUIRE(result.squares != nullptr || x.columns == 0, "squares: must not be null");
+  return {};
+}
+
 inline Status check_column_scores(const ConstMatrix& w_old, const ConstMatrix& w_new, const ColumnScores& result) {
   HPA_REQUIRE_MATRIX(w_old);
   HPA_REQUIRE_MATRIX(w_new);

@@ -1,9 +1,12 @@
 // The only native file that knows Python. Tensors arrive as addresses and sizes: hpa_ext/ops/ has checked them, and
 // owns memory, dispatch and streams. Every call releases the GIL.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "hpa/hpa.h"
 
@@ -72,6 +75,32 @@ void bind_cpu(py::module_ m) {
                 {pointer<float>(diagonal), pointer<std::int32_t>(failed_minor), pointer<float>(smallest_pivot)});
           });
         });
+  m.def("inverse_diagonal_of_rows", [](Address x, int dtype, std::int64_t tokens, std::int64_t in, std::int64_t stride,
+                                       double damping, Address diagonal, Address squares, Address failed_minor,
+                                       Address smallest_pivot, Address smallest_remainder) {
+    call([&] {
+      return cpu::inverse_diagonal_of_rows(
+          matrix(x, dtype, tokens, in, stride), damping,
+          {pointer<float>(diagonal), pointer<float>(squares), pointer<std::int32_t>(failed_minor),
+           pointer<float>(smallest_pivot), pointer<float>(smallest_remainder)});
+    });
+  });
+  m.def("cholesky_factor_size", &cpu::cholesky_factor_size);
+  m.def("cholesky", [](Address s, std::int64_t size, std::int64_t row_stride, Address diagonal, Address factor,
+                       Address failed_minor, Address smallest_pivot) {
+    call([&] {
+      return cpu::cholesky(
+          matrix(s, 0, size, size, row_stride), pointer<const double>(diagonal),
+          {pointer<float>(factor), pointer<std::int32_t>(failed_minor), pointer<float>(smallest_pivot)});
+    });
+  });
+  m.def("cholesky_solve", [](Address factor, Address rows, std::int64_t count, std::int64_t size,
+                             std::int64_t row_stride, Address out, std::int64_t out_stride) {
+    call([&] {
+      return cpu::cholesky_solve(pointer<const float>(factor), matrix(rows, 0, count, size, row_stride),
+                                 {pointer<void>(out), DType::float32, count, size, out_stride});
+    });
+  });
   m.def("column_scores",
         [](Address w_old, std::int64_t old_stride, Address w_new, std::int64_t new_stride, int dtype, std::int64_t rows,
            std::int64_t columns, Address squared_update, Address inner_product, Address old_squared_norm) {
@@ -109,19 +138,56 @@ void bind_cpu(py::module_ m) {
   });
 }
 
+// x, dtype, tokens, in, stride, mask
+using GramSampleTuple = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t, Address>;
+
+std::vector<hpa::cuda::GramSample> gram_samples(const std::vector<GramSampleTuple>& list) {
+  std::vector<hpa::cuda::GramSample> samples;
+  for (const auto& [x, dtype, tokens, in, stride, mask] : list) {
+    samples.push_back({matrix(x, dtype, tokens, in, stride), pointer<const std::uint8_t>(mask)});
+  }
+  return samples;
+}
+
 void bind_cuda(py::module_ m) {
   using namespace hpa;
   m.def("device_count", &cuda::device_count);
 
-  m.def("gram_workspace_bytes", [](int dtype, std::int64_t tokens, std::int64_t in, std::int64_t stride) {
-    return cuda::gram_workspace_bytes(matrix(0, dtype, tokens, in, stride));
+  m.def(
+      "gram_workspace_bytes",
+      [](int dtype, std::int64_t tokens, std::int64_t in, std::int64_t stride, int kernel) {
+        return cuda::gram_workspace_bytes(matrix(0, dtype, tokens, in, stride), static_cast<cuda::GramKernel>(kernel));
+      },
+      py::arg("dtype"), py::arg("tokens"), py::arg("in"), py::arg("stride"), py::arg("kernel") = 0);
+  m.def(
+      "gram_accumulate",
+      [](Address x, int dtype, std::int64_t tokens, std::int64_t in, std::int64_t stride, Address mask, Address gram,
+         std::int64_t gram_stride, Address workspace, Address stream, int kernel) {
+        call([&] {
+          return cuda::gram_accumulate(matrix(x, dtype, tokens, in, stride), pointer<const std::uint8_t>(mask),
+                                       pointer<float>(gram), gram_stride, pointer<void>(workspace),
+                                       pointer<void>(stream), static_cast<cuda::GramKernel>(kernel));
+        });
+      },
+      py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("in"), py::arg("stride"), py::arg("mask"),
+      py::arg("gram"), py::arg("gram_stride"), py::arg("workspace"), py::arg("stream"), py::arg("kernel") = 0);
+  m.def("gram_list_workspace_bytes", [](const std::vector<GramSampleTuple>& list, int kernel) {
+    const std::vector<cuda::GramSample> samples = gram_samples(list);
+    return cuda::gram_list_workspace_bytes(samples.data(), std::ssize(samples), static_cast<cuda::GramKernel>(kernel));
   });
-  m.def("gram_accumulate", [](Address x, int dtype, std::int64_t tokens, std::int64_t in, std::int64_t stride,
-                              Address mask, Address gram, std::int64_t gram_stride, Address workspace, Address stream) {
+  m.def("gram_accumulate_list", [](const std::vector<GramSampleTuple>& list, Address gram, std::int64_t gram_stride,
+                                   Address workspace, Address stream, int kernel) {
+    const std::vector<cuda::GramSample> samples = gram_samples(list);
     call([&] {
-      return cuda::gram_accumulate(matrix(x, dtype, tokens, in, stride), pointer<const std::uint8_t>(mask),
-                                   pointer<float>(gram), gram_stride, pointer<void>(workspace), pointer<void>(stream));
+      return cuda::gram_accumulate_list(samples.data(), std::ssize(samples), pointer<float>(gram), gram_stride,
+                                        pointer<void>(workspace), pointer<void>(stream),
+                                        static_cast<cuda::GramKernel>(kernel));
     });
+  });
+  m.def("gram_kernel_of", [](const std::vector<GramSampleTuple>& list, int kernel) {
+    const std::vector<cuda::GramSample> samples = gram_samples(list);
+    return static_cast<int>(
+        cuda::gram_kernel_of(samples.data(), std::ssize(samples), static_cast<cuda::GramKernel>(kernel)));
   });
   m.def("inverse_diagonal_workspace_bytes", [](std::int64_t batch, std::int64_t size, bool float64) {
     return cuda::inverse_diagonal_workspace_bytes(batch, size, float64 ? Precision::float64 : Precision::float32);

@@ -9,8 +9,15 @@ constexpr Status kAbsent = Status::unavailable("hpa_ext was built without CUDA k
 std::int32_t device_count() { return 0; }
 const char* error_text(std::int32_t) { return "built without CUDA"; }
 
-std::size_t gram_workspace_bytes(ConstMatrix) { return 0; }
-Status gram_accumulate(ConstMatrix, const std::uint8_t*, float*, std::int64_t, void*, Stream) { return kAbsent; }
+std::size_t gram_workspace_bytes(ConstMatrix, GramKernel) { return 0; }
+Status gram_accumulate(ConstMatrix, const std::uint8_t*, float*, std::int64_t, void*, Stream, GramKernel) {
+  return kAbsent;
+}
+std::size_t gram_list_workspace_bytes(const GramSample*, std::int64_t, GramKernel) { return 0; }
+Status gram_accumulate_list(const GramSample*, std::int64_t, float*, std::int64_t, void*, Stream, GramKernel) {
+  return kAbsent;
+}
+GramKernel gram_kernel_of(const GramSample*, std::int64_t, GramKernel) { return GramKernel::mma_sync; }
 
 std::size_t inverse_diagonal_workspace_bytes(std::int64_t, std::int64_t, Precision) { return 0; }
 Status inverse_diagonal(MatrixBatch, double, Precision, InverseDiagonalResult, void*, Stream) { return kAbsent; }

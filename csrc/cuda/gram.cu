@@ -9,6 +9,8 @@
 #include <type_traits>
 
 #include "cuda/check.cuh"
+#include "cuda/gram_sm90.cuh"
+#include "cuda/gram_tile.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/numeric.cuh"
 #include "cuda/ptx.cuh"
@@ -18,28 +20,14 @@
 namespace hpa::cuda {
 namespace {
 
-constexpr int kTile = 128;
-constexpr int kTileElements = kTile * kTile;
-#ifndef HPA_GRAM_FLUSH_TOKENS  // the emulation tests lower it, to come by several flushes
-#define HPA_GRAM_FLUSH_TOKENS 8192
-#endif
-constexpr std::int64_t kFlushTokens = HPA_GRAM_FLUSH_TOKENS;
-static_assert(kFlushTokens % 32 == 0, "whole stages");
-// Two blocks on each of 132 multiprocessors; a constant, so that results do not depend on the device.
-constexpr std::int64_t kTargetBlocks = 264;
-constexpr std::int64_t kLeastSplitTokens = 512;
-constexpr std::int64_t kMaximumColumns = std::int64_t{1} << 22;
-
 // How the work is cut, from the sizes alone.
 struct Cut {
   std::int64_t tiles, splits, tokens_per_split;
 };
 
 Cut cut_of(std::int64_t tokens, std::int64_t columns) {
-  const std::int64_t side = ceil_div<std::int64_t>(columns, kTile);
-  Cut cut{side * (side + 1) / 2, 1, tokens};
-  if (cut.tiles == 0 || cut.tiles > kTargetBlocks / 2) return cut;
-  const std::int64_t wanted = smaller(ceil_div(kTargetBlocks, cut.tiles), tokens / kLeastSplitTokens);
+  Cut cut{tiles_of(columns), 1, tokens};
+  const std::int64_t wanted = wanted_splits(cut.tiles, tokens);
   if (wanted <= 1) return cut;
   cut.tokens_per_split = round_up<std::int64_t>(ceil_div(tokens, wanted), 32);
   cut.splits = ceil_div(tokens, cut.tokens_per_split);
@@ -133,56 +121,6 @@ struct TileFor<float> {
   using type = FloatTile;
 };
 
-// Adds a tile to G at both places; a tile on the diagonal gives its lower triangle alone, so that G stays symmetric.
-// A group of elements is read before the first of it is written: the compiler may not move a read over a write, and
-// one by one they would each wait for memory.
-template <class Tile>
-__device__ __forceinline__ void add_to_gram(const Tile& tile, float* gram, std::int64_t stride, std::int64_t in,
-                                            std::int64_t tile_row, std::int64_t tile_column) {
-  constexpr int kGroup = Tile::kGroup;
-  const std::int64_t row = tile_row + Tile::first_row(), column = tile_column + Tile::first_column();
-  float* const lower = gram + row * stride + column;
-  float* const upper = gram + column * stride + row;
-  const int rows_left = static_cast<int>(smaller<std::int64_t>(in - row, kTile));
-  const int below = static_cast<int>(row - column);  // how far the thread's first element lies below the diagonal
-#pragma unroll
-  for (int start = 0; start < Tile::kElements; start += kGroup) {
-    float lower_values[kGroup], upper_values[kGroup];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int r = Tile::row_offset(start + i), c = Tile::column_offset(start + i);
-      const bool inside = r < rows_left;
-      lower_values[i] = inside && c - r <= below ? lower[r * stride + c] : 0.0f;
-      upper_values[i] = inside && c - r < below ? upper[c * stride + r] : 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int r = Tile::row_offset(start + i), c = Tile::column_offset(start + i);
-      const bool inside = r < rows_left;
-      if (inside && c - r <= below) lower[r * stride + c] = lower_values[i] + tile.value_of(start + i);
-      if (inside && c - r < below) upper[c * stride + r] = upper_values[i] + tile.value_of(start + i);
-    }
-  }
-}
-
-template <class Tile>
-__device__ __forceinline__ void add_to_part(const Tile& tile, float* part, bool fresh) {
-  constexpr int kGroup = Tile::kGroup;
-  float* const own = part + Tile::first_row() * kTile + Tile::first_column();
-#pragma unroll
-  for (int start = 0; start < Tile::kElements; start += kGroup) {
-    float before[kGroup];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      before[i] = fresh ? 0.0f : own[Tile::row_offset(start + i) * kTile + Tile::column_offset(start + i)];
-    }
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      own[Tile::row_offset(start + i) * kTile + Tile::column_offset(start + i)] = before[i] + tile.value_of(start + i);
-    }
-  }
-}
-
 // blockIdx.x: the tile; blockIdx.y: the split.
 template <class T, bool kVectorized>
 __global__ void __launch_bounds__(TileFor<T>::type::kThreads, 2) add_tiles(const T* x, Gram g) {  // x [tokens, in]
@@ -204,8 +142,8 @@ __global__ void __launch_bounds__(TileFor<T>::type::kThreads, 2) add_tiles(const
     if (g.parts == nullptr) {
       add_to_gram(tile, g.gram, ptx::opaque(g.gram_stride), g.in, ptx::opaque(first_row), ptx::opaque(first_column));
     } else {
-      const std::int64_t part = (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * kTileElements;
-      add_to_part(tile, g.parts + ptx::opaque(part), from == begin);
+      const std::int64_t part = static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+      add_to_part(tile, g.parts, part, from == begin);
     }
   }
 }
@@ -215,7 +153,8 @@ __global__ void __launch_bounds__(TileFor<T>::type::kThreads, 2) add_tiles(const
 constexpr int kPart = 32;
 constexpr int kPartsPerSide = kTile / kPart;
 
-__global__ void __launch_bounds__(256) add_parts(Gram g, std::int64_t splits) {
+__global__ void __launch_bounds__(256)
+    add_parts(const float* parts, std::int64_t splits, float* gram, std::int64_t gram_stride, std::int64_t in) {
   HPA_SHARED(turned, float[kPart][kPart + 1]);
   const TilePlace place = triangle_place(blockIdx.x);
   const int part_row = blockIdx.y / kPartsPerSide * kPart, part_column = blockIdx.y % kPartsPerSide * kPart;
@@ -224,35 +163,24 @@ __global__ void __launch_bounds__(256) add_parts(Gram g, std::int64_t splits) {
   const std::int64_t first_column = static_cast<std::int64_t>(place.column) * kTile + part_column;
   for (int r = threadIdx.x / kPart; r < kPart; r += 256 / kPart) {
     const float* const source =
-        g.parts + static_cast<std::int64_t>(blockIdx.x) * kTileElements + (part_row + r) * kTile + part_column + lane;
+        parts + static_cast<std::int64_t>(blockIdx.x) * kTileElements + (part_row + r) * kTile + part_column + lane;
     float total = 0.0f;
     for (std::int64_t split = 0; split < splits; ++split) total += source[split * gridDim.x * kTileElements];
     turned[r][lane] = total;
     const std::int64_t row = first_row + r, column = first_column + lane;
-    if (row < g.in && column <= row) g.gram[row * g.gram_stride + column] += total;
+    if (row < in && column <= row) gram[row * gram_stride + column] += total;
   }
   __syncthreads();
   for (int c = threadIdx.x / kPart; c < kPart; c += 256 / kPart) {
     const std::int64_t row = first_row + lane, column = first_column + c;
-    if (row < g.in && column < row) g.gram[column * g.gram_stride + row] += turned[lane][c];
+    if (row < in && column < row) gram[column * gram_stride + row] += turned[lane][c];
   }
 }
 
-}  // namespace
-
-std::size_t gram_workspace_bytes(ConstMatrix x) {
-  if (x.rows <= 0 || x.columns <= 0) return 0;
+// mma_sync for one sample that is not empty.
+Status accumulate(const ConstMatrix& x, const std::uint8_t* token_mask, float* gram, std::int64_t gram_stride,
+                  void* workspace, Stream stream) {
   const Cut cut = cut_of(x.rows, x.columns);
-  if (cut.splits <= 1) return 0;
-  return static_cast<std::size_t>(cut.splits * cut.tiles) * kTileElements * sizeof(float);
-}
-
-Status gram_accumulate(ConstMatrix x, const std::uint8_t* token_mask, float* gram, std::int64_t gram_stride,
-                       void* workspace, Stream stream) {
-  HPA_RETURN_UNLESS_OK(check_gram(x, gram, gram_stride));
-  if (is_empty(x)) return {};
-  const Cut cut = cut_of(x.rows, x.columns);
-  HPA_REQUIRE(x.columns <= kMaximumColumns && cut.tiles <= kMaximumGrid, "x: too many columns");
   if (cut.splits > 1) HPA_REQUIRE_WORKSPACE(workspace);
   const Gram g{token_mask,
                gram,
@@ -271,7 +199,83 @@ Status gram_accumulate(ConstMatrix x, const std::uint8_t* token_mask, float* gra
     });
   });
   if (!multiplied.ok() || cut.splits <= 1) return multiplied;
-  return launch(add_parts, grid_of(cut.tiles, kPartsPerSide * kPartsPerSide), 256, 0, stream, g, cut.splits);
+  return add_gram_parts(g.parts, cut.splits, cut.tiles, gram, gram_stride, x.columns, stream);
+}
+
+// Calls use(samples, count) for runs of samples that are not empty, none longer than one launch of wgmma takes.
+template <class Use>
+Status for_each_group(const GramSample* samples, std::int64_t count, Use&& use) {
+  std::int64_t next = 0;
+  while (next < count) {
+    GramSample group[kSamplesPerLaunch];
+    std::int64_t size = 0;
+    for (; next < count && size < kSamplesPerLaunch; ++next) {
+      if (samples[next].x.rows > 0 && samples[next].x.columns > 0) group[size++] = samples[next];
+    }
+    if (size > 0) HPA_RETURN_UNLESS_OK(use(group, size));
+  }
+  return {};
+}
+
+}  // namespace
+
+Status add_gram_parts(const float* parts, std::int64_t splits, std::int64_t tiles, float* gram,
+                      std::int64_t gram_stride, std::int64_t in, Stream stream) {
+  return launch(add_parts, grid_of(tiles, kPartsPerSide * kPartsPerSide), 256, 0, stream, parts, splits, gram,
+                gram_stride, in);
+}
+
+std::size_t gram_workspace_bytes(ConstMatrix x, GramKernel kernel) {
+  const GramSample sample{x, nullptr};
+  return gram_list_workspace_bytes(&sample, 1, kernel);
+}
+
+Status gram_accumulate(ConstMatrix x, const std::uint8_t* token_mask, float* gram, std::int64_t gram_stride,
+                       void* workspace, Stream stream, GramKernel kernel) {
+  const GramSample sample{x, token_mask};
+  return gram_accumulate_list(&sample, 1, gram, gram_stride, workspace, stream, kernel);
+}
+
+GramKernel gram_kernel_of(const GramSample* samples, std::int64_t count, GramKernel wanted) {
+  return wanted == GramKernel::wgmma && wgmma_takes(samples, count) ? GramKernel::wgmma : GramKernel::mma_sync;
+}
+
+std::size_t gram_list_workspace_bytes(const GramSample* samples, std::int64_t count, GramKernel kernel) {
+  std::size_t bytes = 0;
+  (void)for_each_group(samples, count, [&](const GramSample* group, std::int64_t size) {
+    // The alignment of x, which only the call itself sees, may give the samples to mma_sync after all.
+    if (kernel == GramKernel::wgmma) bytes = larger(bytes, wgmma_workspace_bytes(group, size));
+    for (std::int64_t s = 0; s < size; ++s) {
+      const Cut cut = cut_of(group[s].x.rows, group[s].x.columns);
+      bytes = larger(bytes, part_bytes(cut.splits, cut.tiles));
+    }
+    return Status{};
+  });
+  return bytes;
+}
+
+Status gram_accumulate_list(const GramSample* samples, std::int64_t count, float* gram, std::int64_t gram_stride,
+                            void* workspace, Stream stream, GramKernel kernel) {
+  HPA_REQUIRE(count >= 0, "count: must not be negative");
+  HPA_REQUIRE(samples != nullptr || count == 0, "samples: must not be null");
+  HPA_REQUIRE(kernel == GramKernel::mma_sync || kernel == GramKernel::wgmma, "kernel: must be mma_sync or wgmma");
+  for (std::int64_t s = 0; s < count; ++s) {
+    HPA_RETURN_UNLESS_OK(check_gram(samples[s].x, gram, gram_stride));
+    HPA_REQUIRE(samples[s].x.columns == samples[0].x.columns && samples[s].x.dtype == samples[0].x.dtype,
+                "samples: must have one dtype and one number of columns");
+    HPA_REQUIRE(samples[s].x.columns <= kMaximumColumns && tiles_of(samples[s].x.columns) <= kMaximumGrid,
+                "x: too many columns");
+  }
+  if (kernel == GramKernel::wgmma) HPA_RETURN_UNLESS_OK(wgmma_available());
+  return for_each_group(samples, count, [&](const GramSample* group, std::int64_t size) {
+    if (gram_kernel_of(group, size, kernel) == GramKernel::wgmma) {
+      return wgmma_accumulate(group, size, gram, gram_stride, workspace, stream);
+    }
+    for (std::int64_t s = 0; s < size; ++s) {
+      HPA_RETURN_UNLESS_OK(accumulate(group[s].x, group[s].token_mask, gram, gram_stride, workspace, stream));
+    }
+    return Status{};
+  });
 }
 
 }  // namespace hpa::cuda

@@ -101,7 +101,11 @@ __device__ __forceinline__ void cp_async_wait() {
 // registers.
 template <class Value>
 __device__ __forceinline__ Value opaque(Value value) {
-  asm volatile("" : "+l"(value));
+  if constexpr (sizeof(Value) == 4) {
+    asm volatile("" : "+r"(value));
+  } else {
+    asm volatile("" : "+l"(value));
+  }
   return value;
 }
 

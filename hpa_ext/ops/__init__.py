@@ -4,21 +4,29 @@ Each is a function here and an operator of the same name under ``torch.ops.hpa_e
 the checks. None of them knows of models or files.
 """
 
-from hpa_ext.ops._backend import backend_of, native_cuda
+from hpa_ext.ops._backend import backend_of, cuda_gram_kernel, native_cuda
 from hpa_ext.ops.column_mask import column_mask
 from hpa_ext.ops.column_scores import column_scores
 from hpa_ext.ops.gram import gram_accumulate_
+from hpa_ext.ops.gram_list import gram_accumulate_list_
+from hpa_ext.ops.instruction_set import instruction_set
 from hpa_ext.ops.inverse_diagonal import InverseDiagonal, inverse_diagonal
+from hpa_ext.ops.inverse_diagonal_rows import RowsDiagonal, inverse_diagonal_of_rows
 from hpa_ext.ops.project_merge import project_merge
 from hpa_ext.ops.routed_lora import routed_lora
 
 __all__ = [
     "InverseDiagonal",
+    "RowsDiagonal",
     "backend_of",
     "column_mask",
     "column_scores",
+    "cuda_gram_kernel",
     "gram_accumulate_",
+    "gram_accumulate_list_",
+    "instruction_set",
     "inverse_diagonal",
+    "inverse_diagonal_of_rows",
     "native_cuda",
     "project_merge",
     "routed_lora",

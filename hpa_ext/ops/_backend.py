@@ -6,6 +6,7 @@ under a dispatch mode or with a tensor subclass, go through ``torch.ops.hpa_ext`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -33,6 +34,38 @@ def native_cuda(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _forced_cuda.reset(token)
+
+
+GRAM_KERNELS = {"mma_sync": 0, "wgmma": 1}
+"""The CUDA kernels of gram: for sm_80 and up, and for compute capability 9.0 alone (16-bit, rows on 16 bytes)."""
+
+_default_gram_kernel = os.environ.get("HPA_EXT_GRAM_KERNEL", "mma_sync")
+_gram_kernel: ContextVar[str] = ContextVar("hpa_ext_gram_kernel", default=_default_gram_kernel)
+
+
+@contextmanager
+def cuda_gram_kernel(name: str) -> Iterator[None]:
+    """Within the context, gram's native CUDA calls ask for this kernel: "mma_sync" (the default) or "wgmma".
+
+    "wgmma" has not run on a GPU yet. It leaves float32 and rows that do not begin on 16-byte boundaries to "mma_sync";
+    on a device that is not of compute capability 9.0 a call raises RuntimeError. The environment variable
+    HPA_EXT_GRAM_KERNEL sets the default of a process.
+    """
+    if name not in GRAM_KERNELS:
+        raise ValueError(f"name: expected one of {', '.join(GRAM_KERNELS)}, got {name!r}")
+    token = _gram_kernel.set(name)
+    try:
+        yield
+    finally:
+        _gram_kernel.reset(token)
+
+
+def gram_kernel() -> int:
+    """The number of the kernel asked for, as the native module wants it."""
+    name = _gram_kernel.get()
+    if name not in GRAM_KERNELS:
+        raise ValueError(f"HPA_EXT_GRAM_KERNEL: expected one of {', '.join(GRAM_KERNELS)}, got {name!r}")
+    return GRAM_KERNELS[name]
 
 
 def backend_of(operation: str, tensor: Tensor) -> str:

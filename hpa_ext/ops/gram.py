@@ -10,6 +10,7 @@ from hpa_ext.ops._backend import (
     DTYPE_TAGS,
     backend_of,
     device_of,
+    gram_kernel,
     is_traced,
     mark_written,
     on_cuda,
@@ -50,7 +51,8 @@ def gram_accumulate_(gram: Tensor, x: Tensor, token_mask: Tensor | None = None) 
     return gram
 
 
-def _check(gram: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
+def check_gram(gram: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
+    """Raise TypeError or ValueError unless these are arguments of `gram_accumulate_`."""
     check_tensor("x", x, "[..., in]", None, WEIGHT_DTYPES)
     check_tensor("gram", gram, "[in, in]", 2, (torch.float32,))
     check_shape("gram", gram, (x.shape[-1], x.shape[-1]), f"for x with {x.shape[-1]} features")
@@ -62,7 +64,7 @@ def _check(gram: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
 
 
 def _gram_accumulate_(gram: Tensor, x: Tensor, token_mask: Tensor | None = None) -> None:
-    _check(gram, x, token_mask)
+    check_gram(gram, x, token_mask)
     if x.numel() == 0:
         return
     tokens = x.detach().reshape(-1, x.shape[-1])
@@ -83,14 +85,14 @@ def _native(gram: Tensor, x: Tensor, mask: Tensor | None) -> None:
     shape = (DTYPE_TAGS[x.dtype], x.shape[0], x.shape[1], row_stride(x))
     mask_address = 0 if mask is None else mask.data_ptr()
     if on_cuda(x):
-        scratch = workspace(_C.cuda.gram_workspace_bytes(*shape), x)
+        kernel = gram_kernel()
+        scratch = workspace(_C.cuda.gram_workspace_bytes(*shape, kernel), x)
         with device_of(x):
-            _C.cuda.gram_accumulate(
-                x.data_ptr(), *shape, mask_address, gram.data_ptr(), row_stride(gram), scratch.data_ptr(), stream_of(x)
-            )
+            target = gram.data_ptr(), row_stride(gram), scratch.data_ptr(), stream_of(x)
+            _C.cuda.gram_accumulate(x.data_ptr(), *shape, mask_address, *target, kernel)
     else:
         use_torch_threads()
         _C.cpu.gram_accumulate(x.data_ptr(), *shape, mask_address, gram.data_ptr(), row_stride(gram))
 
 
-register("gram_accumulate_(Tensor(a!) gram, Tensor x, Tensor? token_mask=None) -> ()", _gram_accumulate_, _check)
+register("gram_accumulate_(Tensor(a!) gram, Tensor x, Tensor? token_mask=None) -> ()", _gram_accumulate_, check_gram)

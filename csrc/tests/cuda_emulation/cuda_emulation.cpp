@@ -14,6 +14,7 @@
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -25,7 +26,7 @@ namespace {
 constexpr std::size_t kStackBytes = 256 * 1024;
 constexpr unsigned kLanes = 32;
 
-enum class Waiting { no, barrier, warp, done };
+enum class Waiting { no, barrier, warp, condition, done };
 
 struct Copy {
   void* target;
@@ -41,6 +42,7 @@ struct Fiber {
   Waiting waiting = Waiting::no;
   void* argument = nullptr;
   WarpFunction apply = nullptr;
+  bool (*ready)(void* argument) = nullptr;
   std::deque<std::vector<Copy>> groups;  // the last one is still open
 };
 
@@ -59,6 +61,8 @@ std::vector<SharedVariable> shared_variables;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::unique_ptr<unsigned char[]> dynamic_memory;
 unsigned char* dynamic_data = nullptr;
+std::size_t dynamic_bytes = 0;
+std::vector<BlockHook> block_hooks;
 ucontext_t scheduler;
 Block block;
 Fiber* current = nullptr;
@@ -67,12 +71,6 @@ std::map<const void*, int> shared_limits;
 std::mt19937 generator;
 [[maybe_unused]] const void* scheduler_stack = nullptr;
 [[maybe_unused]] std::size_t scheduler_stack_bytes = 0;
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "cuda emulation: %s (block %u %u %u, thread %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
-               threadIdx.x);
-  std::abort();
-}
 
 void perform(const std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
@@ -129,7 +127,10 @@ bool run_some(unsigned first, unsigned count) {
   bool progress = false;
   for (unsigned t : ordered(count)) {
     Fiber& fiber = *fibers[first + t];
-    if (fiber.waiting != Waiting::no) continue;
+    const bool runs =
+        fiber.waiting == Waiting::no || (fiber.waiting == Waiting::condition && fiber.ready(fiber.argument));
+    if (!runs) continue;
+    fiber.waiting = Waiting::no;
     progress = true;
     to_fiber(fiber);
   }
@@ -138,6 +139,7 @@ bool run_some(unsigned first, unsigned count) {
 
 void run_block() {
   for (const SharedVariable& variable : shared_variables) std::memset(variable.data, 0xff, variable.bytes);
+  for (BlockHook hook : block_hooks) hook(true);
   block.at_barrier = block.finished = 0;
   block.at_collective.assign(block.size / kLanes, 0);
   while (fibers.size() < block.size) {
@@ -170,6 +172,7 @@ void run_block() {
     }
     if (!progress) fail("deadlock: some threads wait at a barrier that others never reach");
   }
+  for (BlockHook hook : block_hooks) hook(false);
 }
 
 }  // namespace
@@ -187,6 +190,25 @@ void* allocate_shared(std::size_t bytes) {
 }
 
 unsigned char* dynamic_shared() { return dynamic_data; }
+
+std::size_t dynamic_shared_bytes() { return dynamic_bytes; }
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "cuda emulation: %s (block %u %u %u, thread %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
+               threadIdx.x);
+  std::abort();
+}
+
+void wait_until(bool (*ready)(void* argument), void* argument) {
+  while (!ready(argument)) {
+    current->ready = ready;
+    current->argument = argument;
+    current->waiting = Waiting::condition;
+    to_scheduler(false);
+  }
+}
+
+void add_block_hook(BlockHook hook) { block_hooks.push_back(hook); }
 
 void block_barrier() {
   if (block.finished > 0) fail("a barrier after some threads of the block have exited");
@@ -244,13 +266,25 @@ void run(dim3 grid, dim3 threads, std::size_t shared_bytes, const std::function<
   blockDim = threads;
   block.size = threads.x;
   thread_function = &thread;
-  void* dynamic = std::aligned_alloc(128, (shared_bytes / 128 + 1) * 128);
-  dynamic_data = static_cast<unsigned char*>(dynamic);
+  // 16 bytes past a 1024-byte boundary: more alignment than this a kernel must see to itself. The low 18 bits of
+  // addresses, which matrix descriptors keep, do not wrap within it.
+  constexpr std::size_t kPast = 16, kWindow = 256 * 1024;
+  if (shared_bytes + kPast > kWindow) fail("more shared memory than addresses of 18 bits reach");
+  void* dynamic = std::aligned_alloc(kWindow, kWindow);
+  dynamic_data = static_cast<unsigned char*>(dynamic) + kPast;
+  dynamic_bytes = shared_bytes;
+#ifdef __SANITIZE_ADDRESS__
+  __asan_poison_memory_region(dynamic, kWindow);
+  __asan_unpoison_memory_region(dynamic_data, shared_bytes);
+#endif
   for (unsigned index : ordered(grid.x * grid.y * grid.z)) {
     blockIdx = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
-    std::memset(dynamic, 0xff, shared_bytes);
+    std::memset(dynamic_data, 0xff, shared_bytes);
     run_block();
   }
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(dynamic, kWindow);
+#endif
   std::free(dynamic);
 }
 
@@ -269,8 +303,18 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  constexpr int kSmallestOptIn = 99 * 1024;  // compute capability 8.6, 8.9 and 12.0
-  if (value > kSmallestOptIn) return cudaErrorInvalidValue;
+  constexpr int kHopperOptIn = 227 * 1024, kSmallestOptIn = 99 * 1024;  // the latter on 8.6, 8.9 and 12.0
+  if (value > (hpa_emulation::settings().compute_capability == 90 ? kHopperOptIn : kSmallestOptIn)) {
+    return cudaErrorInvalidValue;
+  }
   hpa_emulation::shared_limits[kernel] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int capability = hpa_emulation::settings().compute_capability;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? 3
+           : attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10
+                                                            : capability % 10;
   return cudaSuccess;
 }

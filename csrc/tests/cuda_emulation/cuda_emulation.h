@@ -23,6 +23,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -59,6 +60,7 @@ struct Settings {
   bool copy_at_once = false;  // asynchronous copies at their issue instead of at the wait
   int failing_launch = -1;    // the launch, counted from 0, that answers with an error
   int launches = 0;           // counted
+  int compute_capability = 90;
 };
 Settings& settings();
 
@@ -69,12 +71,23 @@ Type& shared_variable() {
   return *static_cast<Type*>(allocate_shared(sizeof(Type)));
 }
 unsigned char* dynamic_shared();
+std::size_t dynamic_shared_bytes();
 
 void block_barrier();
 
 // Waits until every lane of the warp has come with its own argument, then lets `apply` see all 32 once.
 using WarpFunction = void (*)(void* const* arguments);
 void warp_collective(void* argument, WarpFunction apply);
+
+// Waits until ready(argument) holds; other threads run meanwhile.
+void wait_until(bool (*ready)(void* argument), void* argument);
+
+// Ends the program: the kernel did what no GPU would survive, or what its results must not depend on.
+[[noreturn]] void fail(const char* what);
+
+// Called at the start of every block (begin) and when all its threads have exited.
+using BlockHook = void (*)(bool begin);
+void add_block_hook(BlockHook hook);
 
 void copy_async(void* target, const void* source, int bytes);
 void copy_async_commit();
@@ -171,6 +184,21 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// A Hopper with three multiprocessors, so that a block has several tiles to do even in small cases.
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76
+};
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+constexpr unsigned long long cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
+                                             unsigned long long flags, cudaDriverEntryPointQueryResult* result);
 
 namespace hpa_emulation {
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel);

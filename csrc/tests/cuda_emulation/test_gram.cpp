@@ -1,13 +1,15 @@
 // Emulated gram against float64 loops: every dtype, masks over NaN, strides, the 16-byte path and the other, split
-// tokens, several flushes (after 64 tokens here instead of 8192), exact symmetry.
+// tokens, several flushes (after 512 tokens here instead of 8192), exact symmetry; by mma.sync, and by wgmma where it
+// takes the samples.
 #include "test_support.h"
 
 using namespace test;
+using hpa::cuda::GramKernel;
 
 namespace {
 
-void one(DType dtype, std::int64_t tokens, std::int64_t in, std::int64_t gap, std::int64_t misaligned, bool masked,
-         std::int64_t gram_gap, int orders = 3) {
+void one(GramKernel kernel, DType dtype, std::int64_t tokens, std::int64_t in, std::int64_t gap,
+         std::int64_t misaligned, bool masked, std::int64_t gram_gap, int orders = 3) {
   GuardedMatrix x(dtype, tokens, in, in + gap, misaligned);
   x.fill_normal();
   std::vector<std::uint8_t> mask(static_cast<std::size_t>(tokens));
@@ -45,10 +47,12 @@ void one(DType dtype, std::int64_t tokens, std::int64_t in, std::int64_t gap, st
       "gram",
       [&](Bytes& bytes) {
         GuardedMatrix gram = start;
-        Guarded workspace(hpa::cuda::gram_workspace_bytes(x.view()));
+        const std::size_t bytes_needed = hpa::cuda::gram_workspace_bytes(x.view(), kernel);
+        Guarded workspace(bytes_needed);
+        std::memset(workspace.as(), 0xff, bytes_needed);  // NaN: what stood there must not be added to
         const Status status =
             hpa::cuda::gram_accumulate(x.view(), masked ? mask.data() : nullptr, static_cast<float*>(gram.data()),
-                                       in + gram_gap, workspace.as(), nullptr);
+                                       in + gram_gap, workspace.as(), nullptr, kernel);
         CHECK(status.ok(), "%s", status.message);
         CHECK(gram.intact() && x.intact() && workspace.intact(), "guards, %ld x %ld", tokens, in);
         for (std::int64_t i = 0; i < in; ++i) {
@@ -66,13 +70,13 @@ void one(DType dtype, std::int64_t tokens, std::int64_t in, std::int64_t gap, st
       orders);
 }
 
-void far_rows() {
+void far_rows(GramKernel kernel) {
   FarRows x(DType::bfloat16, 3, 16);
   if (!x.exists()) return;
   x.fill_normal();
   std::vector<float> gram(256, 0.0f);
-  Guarded workspace(hpa::cuda::gram_workspace_bytes(x.view()));
-  const Status status = hpa::cuda::gram_accumulate(x.view(), nullptr, gram.data(), 16, workspace.as(), nullptr);
+  Guarded workspace(hpa::cuda::gram_workspace_bytes(x.view(), kernel));
+  const Status status = hpa::cuda::gram_accumulate(x.view(), nullptr, gram.data(), 16, workspace.as(), nullptr, kernel);
   CHECK(status.ok(), "%s", status.message);
   for (std::int64_t i = 0; i < 16; ++i) {
     for (std::int64_t j = 0; j < 16; ++j) {
@@ -86,20 +90,24 @@ void far_rows() {
 }  // namespace
 
 int main() {
-  far_rows();
-  for (DType dtype : kDTypes) {
-    for (bool masked : {false, true}) {
-      one(dtype, 37, 24, 8, 0, masked, 0);    // 16-byte path, one tile
-      one(dtype, 100, 136, 0, 0, masked, 5);  // three tiles
-      one(dtype, 70, 131, 5, 0, masked, 0);   // its ragged end, or element by element
-      one(dtype, 33, 20, 1, 1, masked, 3);
+  far_rows(GramKernel::mma_sync);
+  far_rows(GramKernel::wgmma);
+  for (GramKernel kernel : {GramKernel::mma_sync, GramKernel::wgmma}) {
+    for (DType dtype : kDTypes) {
+      if (kernel == GramKernel::wgmma && dtype == DType::float32) continue;
+      for (bool masked : {false, true}) {
+        one(kernel, dtype, 37, 24, 8, 0, masked, 0);    // 16-byte path, one tile
+        one(kernel, dtype, 100, 136, 0, 0, masked, 5);  // three tiles
+        one(kernel, dtype, 70, 131, 5, 0, masked, 0);   // its ragged end, or element by element
+        one(kernel, dtype, 33, 20, 1, 1, masked, 3);
+      }
+      one(kernel, dtype, 1, 1, 0, 0, false, 0);
+      one(kernel, dtype, 5, 132, 4, 0, false, 0);
+      one(kernel, dtype, 0, 5, 0, 0, false, 0);
+      one(kernel, dtype, 5, 0, 0, 0, false, 0);
+      one(kernel, dtype, 1300, 140, 4, 0, true, 2, 2);  // split tokens
+      one(kernel, dtype, 900, 20, 4, 0, false, 0);      // two flushes into G itself
     }
-    one(dtype, 1, 1, 0, 0, false, 0);
-    one(dtype, 5, 132, 4, 0, false, 0);
-    one(dtype, 0, 5, 0, 0, false, 0);
-    one(dtype, 5, 0, 0, 0, false, 0);
-    one(dtype, 1300, 140, 4, 0, true, 2, 2);  // split tokens
-    one(dtype, 290, 20, 4, 0, false, 0);      // five flushes into G itself
   }
   GuardedMatrix x(DType::bfloat16, 1100, 16, 16);
   x.fill_normal();
