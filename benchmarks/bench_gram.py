@@ -58,14 +58,21 @@ def cublas_full(h: Tensor, x: Tensor) -> tuple[str, Callable[[Tensor, Tensor], N
     return None
 
 
+def sizes(setting: Setting) -> list[tuple[int, int, torch.dtype]]:
+    """``(tokens, in, dtype)``. With `setting.full` a range of widths and of tokens, to see how cost grows."""
+    bf16, float32 = torch.bfloat16, torch.float32
+    grown = [(_TOKENS, size, dtype) for size in (512, 1024) for dtype in (bf16, float32)]
+    grown += [(tokens, 2048, bf16) for tokens in (128, 512, 8192)]
+    return setting.cases(
+        quick=[(96, 64, bf16)],
+        default=[(_TOKENS, size, dtype) for size in (2048, 4096) for dtype in (bf16, float32)],
+        full=[*grown, (_TOKENS, 11008, bf16)],
+    )
+
+
 def rows(setting: Setting) -> Iterator[Row]:
     """``gram_vs_cast_matmul``, and on CUDA ``gram_vs_cublas_full``."""
-    bf16 = torch.bfloat16
-    for tokens, size, dtype in setting.cases(
-        quick=[(96, 64, bf16)],
-        default=[(_TOKENS, 4096, bf16)],
-        full=[(_TOKENS, 11008, bf16), (_TOKENS, 4096, torch.float32)],
-    ):
+    for tokens, size, dtype in sizes(setting):
         yield from _case(setting, tokens, size, dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +12,11 @@ from torch import Tensor
 from hpa_ext import ops
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram_exchange import check_alike, exchange_triangle, initialised
+from hpa_ext.gram_rows import KeptRows
 from hpa_ext.models.sharding import local_tokens
-from hpa_ext.ops.inverse_diagonal import check_symmetric
+from hpa_ext.ops._checks import is_number
+from hpa_ext.ops.gram import check_gram
+from hpa_ext.ops.inverse_diagonal import RESCUES, check_symmetric
 
 NORMALIZATIONS = ("mean", "sum")
 
@@ -33,13 +38,22 @@ class Gram:
         device: where the accumulator lives; activations must be there.
 
     ``H = (2/n) sum x^T x`` of HPA is `matrix()`. The factor makes H the Hessian of the layer's squared output error.
+
+    On the CPU the tokens of a wide layer are kept as they came while they are few (up to 0.6 of `in_features`, from 512
+    features on), because the diagonal of the inverse then costs a fraction of the time. They become the sum, with the
+    same bits, as soon as somebody asks for it, or more tokens come.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         if isinstance(in_features, bool) or not isinstance(in_features, int) or in_features < 1:
             raise ValueError(f"in_features: expected an int of at least 1, got {in_features!r}")
-        with torch.inference_mode(False):  # or it could not be added to outside of inference mode
-            self._sum = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
+        # A tensor to learn the device from: "cuda" stands for the current one.
+        device = torch.empty(0, device=device).device
+        self._in_features, self._device = in_features, device
+        self._total: Tensor | None = None  # made when it is first needed, if rows are kept
+        self._rows = KeptRows(in_features) if KeptRows.serve(in_features, device) else None
+        if self._rows is None:
+            self._total = self._zeros()
         # Two counters, because the size of a mask on a device is only known there until somebody asks.
         self._host_tokens = 0
         self._device_tokens: Tensor | None = None
@@ -48,12 +62,30 @@ class Gram:
     @property
     def in_features(self) -> int:
         """Width of the layer's input."""
-        return self._sum.shape[0]
+        return self._in_features
 
     @property
     def device(self) -> torch.device:
         """Where the accumulator lives."""
-        return self._sum.device
+        return self._device
+
+    @property
+    def _sum(self) -> Tensor:
+        """``sum x^T x``; from here on rows are no longer kept."""
+        if self._total is None:
+            self._total = self._zeros()
+            self._rows.accumulate_(self._total)
+        self._rows = None
+        return self._total
+
+    @_sum.setter
+    def _sum(self, total: Tensor) -> None:
+        self._total, self._rows = total, None
+        self._in_features, self._device = total.shape[0], total.device
+
+    def _zeros(self) -> Tensor:
+        with torch.inference_mode(False):  # or it could not be added to outside of inference mode
+            return torch.zeros((self._in_features, self._in_features), dtype=torch.float32, device=self._device)
 
     @property
     def token_count(self) -> int:
@@ -80,7 +112,8 @@ class Gram:
                 spoilt, and says so whenever it is asked. On a device this is found when the Gram is first used.
         """
         x, token_mask = local_tokens(x, token_mask)
-        ops.gram_accumulate_(self._sum, x, token_mask)
+        if not self._keep(x, token_mask):
+            ops.gram_accumulate_(self._sum, x, token_mask)
         self._inverse.clear()
         if token_mask is None:
             self._host_tokens += x.numel() // self.in_features
@@ -93,8 +126,18 @@ class Gram:
             self.check_finite()
         return self
 
+    def _keep(self, x: Tensor, token_mask: Tensor | None) -> bool:
+        """Whether the tokens were kept as rows."""
+        if self._rows is None:
+            return False
+        # The checks of the operation that would add them, for which a matrix of the sum's shape without memory will do.
+        check_gram(torch.empty((), dtype=torch.float32).expand(self._in_features, self._in_features), x, token_mask)
+        return self._rows.add(x, token_mask)
+
     def is_finite(self) -> Tensor:
         """A bool scalar on the device: no NaN, Inf or overflow so far. Such a value always shows on the diagonal."""
+        if self._rows is not None:
+            return torch.ones((), dtype=torch.bool)  # others are not kept
         return torch.isfinite(self._sum.diagonal()).all()
 
     def check_finite(self) -> None:
@@ -134,15 +177,23 @@ class Gram:
         if key not in self._inverse:  # what is kept was checked then, and is returned without synchronising
             factor = self._factor(normalization)
             # The inverse scales with 1/H, so the sum itself is factored and no normalised copy is made.
-            found = ops.inverse_diagonal(self._sum, damping, rescue=rescue, assume_symmetric=True, return_report=True)
-            self._inverse[key] = ops.InverseDiagonal(
-                found.diagonal / factor, found.damping_used, found.precision_bits, found.failed_minor
-            )
+            found = self._inverse_from_rows(damping, rescue)
+            if found is None:
+                found = ops.inverse_diagonal(
+                    self._sum, damping, rescue=rescue, assume_symmetric=True, return_report=True
+                )
+            self._inverse[key] = replace(found, diagonal=found.diagonal / factor)
         return self._inverse[key]
+
+    def _inverse_from_rows(self, damping: float, rescue: str) -> ops.InverseDiagonal | None:
+        """None where no rows are kept or they do not suffice; wrong arguments are for the operation to refuse."""
+        if self._rows is None or not is_number(damping) or not 0 < damping < math.inf or rescue not in RESCUES:
+            return None
+        return self._rows.inverse_diagonal(float(damping))
 
     def dead_columns(self) -> Tensor:
         """Bool ``[in]``: features that were zero for every token."""
-        return self._sum.diagonal() == 0
+        return self._sum.diagonal() == 0 if self._rows is None else self._rows.dead_columns()
 
     def merge_(self, other: Gram) -> Gram:
         """Add another Gram's tokens: both together are as if one had seen all."""
@@ -153,7 +204,8 @@ class Gram:
         if other.device != self.device:
             raise ValueError(f"other: expected a Gram on {self.device}, got one on {other.device}")
         self._host_tokens += other.token_count
-        self._sum += other._sum
+        if self._rows is None or other._rows is None or not self._rows.join(other._rows):
+            self._sum += other._sum
         self._inverse.clear()
         return self
 

@@ -44,6 +44,35 @@ def inverse_diagonal_attempt(h: Tensor, damping: float, dtype: torch.dtype) -> t
     return result.to(compute_dtype(h)), failed_minor.to(torch.int32), smallest_pivot.to(torch.float32)
 
 
+def inverse_diagonal_of_rows(x: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For x ``[tokens, in]``: diagonal, squares, failed_minor, smallest_pivot and smallest_remainder."""
+    x = x.to(compute_dtype(x))
+    squares = x.square().sum(0)
+    delta = damping * squares.mean()
+    large = squares > 10 * squares.mean()
+    y, first_minor, first_pivot = _whitened(x * ~large @ x.mT, delta, x)
+    products = y.mT[large] @ y[:, large]
+    one = torch.ones((), dtype=x.dtype, device=x.device)
+    joined, second_minor, second_pivot = _whitened(products, one, y.mT[large] @ y)
+    inverse, _, _ = _whitened(products, one, torch.eye(products.shape[0], dtype=x.dtype, device=x.device))
+    remainder = 1 - y.square().sum(0) + joined.square().sum(0)
+    smallest_remainder = torch.where(large, one, remainder).min()
+    remainder[large] = inverse.square().sum(0)
+    failed_minor = torch.where(torch.isfinite(squares).all(), torch.maximum(first_minor, second_minor), -1)
+    failed_minor = torch.where((failed_minor == 0) & (delta <= 0), 1, failed_minor)
+    diagonal = torch.where(failed_minor == 0, remainder / delta, torch.nan)
+    return diagonal, squares, failed_minor, torch.minimum(first_pivot, second_pivot), smallest_remainder
+
+
+def _whitened(gram: Tensor, shift: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``L^-1 right`` for ``gram + shift I = L L^T``, factored with unit diagonal; failed minor, smallest pivot."""
+    damped = gram + shift * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    scale = damped.diagonal().rsqrt()
+    factor, info = torch.linalg.cholesky_ex(damped * scale[:, None] * scale)
+    pivots = torch.cat([factor.diagonal().square(), scale.new_ones(1)])
+    return torch.linalg.solve_triangular(factor, scale[:, None] * right, upper=False), info, pivots.min()
+
+
 def column_scores(w_old: Tensor, w_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_i D_ij^2 [in]``, ``<D, w_old> []`` and ``||w_old||^2 []`` for ``D = w_new - w_old``."""
     old = w_old.to(compute_dtype(w_old))

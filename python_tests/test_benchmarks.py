@@ -20,6 +20,7 @@ results, timing = (importlib.import_module(f"hpa_ext.benchmarks.{name}") for nam
 METRICS = {
     "gram_vs_cast_matmul",
     "inverse_diagonal_vs_chain",
+    "inverse_diagonal_of_rows_vs_sum",
     "column_scores_vs_copy_bandwidth",
     "column_scores_vs_eager",
     "column_mask_vs_topk",
@@ -27,6 +28,8 @@ METRICS = {
     "project_merge_vs_eager",
     "routed_lora_vs_loop",
     "harmonize_vs_eager",
+    "cholesky_vs_torch",
+    "compromise_vs_eager",
     "hide_layer_vs_loop",
     "hide_layer_vs_authors",
     "hide_fused_vs_authors",

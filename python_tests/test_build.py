@@ -32,6 +32,7 @@ def test_build_info():
         "torch",
         "instruction_sets",
         "instruction_set",
+        "unverified_instruction_sets",
         "operations",
     }
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", info["version"])
@@ -39,6 +40,7 @@ def test_build_info():
     assert info["torch"] == torch.__version__
     assert info["instruction_set"] in info["instruction_sets"]
     assert info["instruction_sets"][0] == "portable"
+    assert set(info["unverified_instruction_sets"]) <= set(info["instruction_sets"]) - {info["instruction_set"]}
     assert bool(info["cuda_version"]) == bool(info["cuda_architectures"])
     assert info["cuda_devices"] >= 0
     assert set(info["operations"]) == set(OPERATIONS)

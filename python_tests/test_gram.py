@@ -202,6 +202,19 @@ def test_additive_over_chunks_and_independent_of_token_order(device, dtype):
     assert_accurate(shuffled, exact, whole, scale=scale, roundings=8)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mean", [0.0, 2.0])
+@pytest.mark.parametrize("chunk", [100_000, 8192, 700, 64, 8])
+def test_accuracy_of_many_tokens_in_any_chunks(dtype, mean, chunk):
+    x = (torch.randn(100_000, 130) + mean).to(dtype)
+    gram = torch.zeros(130, 130)
+    for tokens in x.split(chunk):
+        gram_accumulate_(gram, tokens)
+    exact = exact_gram(x)
+    assert float((gram - exact).norm() / exact.norm()) < 2e-6
+
+
 def test_half_precision_sums_beyond_its_range(device):
     x = torch.full((300, 5), 200.0, dtype=torch.float16, device=device)
     assert torch.equal(gram_of(x), torch.full((5, 5), 300 * 200.0**2, device=device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -155,6 +156,25 @@ def test_an_unknown_instruction_set_is_refused():
     with pytest.raises((ValueError, RuntimeError)):
         _C.cpu.set_instruction_set("mmx")
     assert _C.cpu.instruction_set() == before
+
+
+def test_an_instruction_set_for_a_while():
+    before = _C.cpu.instruction_set()
+    with ops.instruction_set("portable"):
+        assert build_info()["instruction_set"] == "portable"
+    assert _C.cpu.instruction_set() == before
+    with pytest.raises(RuntimeError, match=r"name: expected one of portable.* got 'mmx'"), ops.instruction_set("mmx"):
+        pass
+    assert _C.cpu.instruction_set() == before
+
+
+@pytest.mark.parametrize(("name", "said"), [("portable", "portable"), ("mmx", "HPA_EXT_INSTRUCTION_SET: expected")])
+def test_an_instruction_set_from_the_environment(name, said):
+    code = "import hpa_ext; print(hpa_ext.build_info()['instruction_set'])"
+    environment = {**os.environ, "HPA_EXT_INSTRUCTION_SET": name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if name == "portable" else 1)
+    assert said in done.stdout + done.stderr
 
 
 def test_a_forked_process_works():

@@ -29,6 +29,7 @@ class Buffer {
 
   explicit operator bool() const { return data_ != nullptr; }
   T* data() { return data_; }
+  const T* data() const { return data_; }
   T& operator[](std::int64_t i) { return data_[i]; }
   const T& operator[](std::int64_t i) const { return data_[i]; }
 

@@ -12,11 +12,12 @@ namespace {
 struct InstructionSet {
   const char* name;
   Kernels kernels;
+  bool (*enable)() = nullptr;  // what must succeed before its kernels run
 };
 
 // Slowest first. An instruction set is filled in only where the processor has it.
 struct Available {
-  InstructionSet sets[4] = {};
+  InstructionSet sets[5] = {};
   int count = 0;
   char names[64] = "";
   std::atomic<int> chosen{0};
@@ -56,6 +57,17 @@ struct Available {
     }
 #endif
     chosen = count - 1;
+#if defined(HPA_AMX_KERNELS)
+    // Not chosen by itself: its kernel has not run on a processor that has AMX (docs/kernels.md).
+    if (detect_processor().amx_bf16) {
+      const Kernels& fastest = sets[count - 1].kernels;
+      add("amx_bf16", [&](Kernels& kernels) {
+        kernels = fastest;
+        isa_amx_bf16::fill_gram_tiles(kernels);
+      });
+      sets[count - 1].enable = request_tile_registers;
+    }
+#endif
   }
 
   template <typename Fill>
@@ -89,6 +101,9 @@ Status set_instruction_set(const char* name) {
   Available& all = available();
   for (int i = 0; i < all.count; ++i) {
     if (std::strcmp(all.sets[i].name, name) == 0) {
+      if (all.sets[i].enable != nullptr && !all.sets[i].enable()) {
+        return Status::unavailable("name: the operating system does not give this process the registers it needs");
+      }
       all.chosen.store(i);
       return {};
     }

@@ -26,22 +26,30 @@ std::int64_t ceiling(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 Factorization<T>::Factorization(const float* h, std::int64_t row_stride, std::int64_t size,
-                                const double* damped_diagonal)
+                                const double* damped_diagonal, T* storage)
     : h_(h),
       row_stride_(row_stride),
       size_(size),
       panels_(ceiling(size, kPanel)),
       damped_diagonal_(damped_diagonal),
       loops_(loops_of<T>(kernels())),
-      l_(panels_ * (panels_ + 1) / 2 * kPanel * kPanel),
-      scale_(panels_ * kPanel),
-      reciprocals_(panels_ * kPanel) {}
+      own_(storage == nullptr ? storage_size(size) : 0),
+      storage_(storage == nullptr ? own_.data() : storage),
+      l_(storage_),
+      scale_(l_ + panels_ * (panels_ + 1) / 2 * kPanel * kPanel),
+      reciprocals_(scale_ + panels_ * kPanel) {}
+
+template <typename T>
+std::int64_t Factorization<T>::storage_size(std::int64_t size) {
+  const std::int64_t panels = ceiling(size, kPanel);
+  return (panels * (panels + 1) / 2 * kPanel + 2 * panels) * kPanel;
+}
 
 template <typename T>
 bool Factorization<T>::pack_panel(std::int64_t p) {
   const std::int64_t first = p * kPanel, rows = std::min(kPanel, size_ - first);
-  bool finite = loops_.pack_scaled(h_ + first * row_stride_, row_stride_, rows, first, scale_.data() + first,
-                                   scale_.data(), panel(p, 0));
+  bool finite =
+      loops_.pack_scaled(h_ + first * row_stride_, row_stride_, rows, first, scale_ + first, scale_, panel(p, 0));
   T* block = panel(p, first);
   for (std::int64_t k = 0; k < kPanel; ++k) {
     for (std::int64_t r = k; r < kPanel; ++r) {
@@ -95,11 +103,10 @@ std::int32_t Factorization<T>::factor_diagonal(std::int64_t first, std::int64_t 
                                 panel(p, q * kPanel));
       }
       if (p == q) {
-        const std::int32_t failed =
-            loops_.factor(panel(q, q * kPanel), reciprocals_.data() + q * kPanel, smallest_pivot);
+        const std::int32_t failed = loops_.factor(panel(q, q * kPanel), reciprocals_ + q * kPanel, smallest_pivot);
         if (failed != 0) return static_cast<std::int32_t>(q * kPanel) + failed;
       } else {
-        loops_.solve(panel(q, q * kPanel), reciprocals_.data() + q * kPanel, panel(p, q * kPanel));
+        loops_.solve(panel(q, q * kPanel), reciprocals_ + q * kPanel, panel(p, q * kPanel));
       }
     }
   }
@@ -130,7 +137,7 @@ std::int32_t Factorization<T>::factor(T* smallest_pivot) {
       for (std::int64_t p = begin; p < end; ++p) {
         for (std::int64_t q = first; q < last; ++q) {
           if (q > first) update(p, q, q + 1, left, (q - first) * kPanel);
-          loops_.solve(panel(q, q * kPanel), reciprocals_.data() + q * kPanel, panel(p, q * kPanel));
+          loops_.solve(panel(q, q * kPanel), reciprocals_ + q * kPanel, panel(p, q * kPanel));
         }
       }
     });
@@ -138,21 +145,16 @@ std::int32_t Factorization<T>::factor(T* smallest_pivot) {
   return 0;
 }
 
-// Columns of panels [first, last) of Y = L^-1, by forward substitution on the identity: Y is zero above its own
-// diagonal block. y holds last - first panels of [panels_ - first][kPanel] blocks.
+// Y := L^-1 Y by forward substitution, in the rows from panel `first` on: y holds `count` panels of
+// [panels_ - first][kPanel] blocks, zero above. Triangular: panel q is zero above block first + q too.
 template <typename T>
-void Factorization<T>::solve_columns(std::int64_t first, std::int64_t last, T* y, double* norms) {
+void Factorization<T>::substitute(std::int64_t first, std::int64_t count, bool triangular, T* y) {
   const std::int64_t y_stride = (panels_ - first) * kPanel * kPanel;
-  const auto rows_of = [&](std::int64_t q, std::int64_t k) {
-    return y + (q - first) * y_stride + (k - first * kPanel) * kPanel;
-  };
-  std::fill(y, y + (last - first) * y_stride, T{0});
-  for (std::int64_t q = first; q < last; ++q) {
-    for (std::int64_t k = 0; k < kPanel; ++k) rows_of(q, q * kPanel + k)[k] = 1;
-  }
+  const auto rows_of = [&](std::int64_t q, std::int64_t k) { return y + q * y_stride + (k - first * kPanel) * kPanel; };
+  const auto start = [&](std::int64_t q) { return triangular ? first + q : first; };
   const auto eliminate = [&](std::int64_t p, std::int64_t k_begin, std::int64_t k_end) {
-    for (std::int64_t q = first; q < last; ++q) {
-      const std::int64_t k = std::max(k_begin, q * kPanel);
+    for (std::int64_t q = 0; q < count; ++q) {
+      const std::int64_t k = std::max(k_begin, start(q) * kPanel);
       if (k < k_end) loops_.subtract_product(k_end - k, panel(p, k), rows_of(q, k), rows_of(q, p * kPanel));
     }
   };
@@ -163,13 +165,38 @@ void Factorization<T>::solve_columns(std::int64_t first, std::int64_t last, T* y
     }
     for (std::int64_t p = begin; p < end; ++p) {
       eliminate(p, group * kPanel, p * kPanel);
-      for (std::int64_t q = first; q < last && q <= p; ++q) {
-        loops_.solve(panel(p, p * kPanel), reciprocals_.data() + p * kPanel, rows_of(q, p * kPanel));
+      for (std::int64_t q = 0; q < count && start(q) <= p; ++q) {
+        loops_.solve(panel(p, p * kPanel), reciprocals_ + p * kPanel, rows_of(q, p * kPanel));
       }
     }
   }
+}
+
+template <typename T>
+void Factorization<T>::solve_scaled(T* y, std::int64_t count) {
+  const std::int64_t rows = panels_ * kPanel;
+  for (std::int64_t q = 0; q < count; ++q) {
+    for (std::int64_t k = 0; k < rows; ++k) {
+      T* row = y + (q * rows + k) * kPanel;
+      for (std::int64_t j = 0; j < kPanel; ++j) row[j] *= scale_[k];
+    }
+  }
+  substitute(0, count, false, y);
+}
+
+// Columns of panels [first, last) of Y = L^-1, by substitution on the identity.
+template <typename T>
+void Factorization<T>::solve_columns(std::int64_t first, std::int64_t last, T* y, double* norms) {
+  const std::int64_t y_stride = (panels_ - first) * kPanel * kPanel;
+  std::fill(y, y + (last - first) * y_stride, T{0});
   for (std::int64_t q = first; q < last; ++q) {
-    loops_.column_norms((panels_ - q) * kPanel, rows_of(q, q * kPanel), norms + q * kPanel);
+    T* diagonal_block = y + (q - first) * y_stride + (q - first) * kPanel * kPanel;
+    for (std::int64_t k = 0; k < kPanel; ++k) diagonal_block[k * kPanel + k] = 1;
+  }
+  substitute(first, last - first, true, y);
+  for (std::int64_t q = first; q < last; ++q) {
+    const T* own_rows = y + (q - first) * y_stride + (q - first) * kPanel * kPanel;
+    loops_.column_norms((panels_ - q) * kPanel, own_rows, norms + q * kPanel);
   }
 }
 

@@ -17,30 +17,51 @@ constexpr std::int64_t kPackedBytes = std::int64_t{64} << 20;
 // Packing tasks: long enough rows to read memory in order.
 constexpr std::int64_t kPackTokens = 64, kPackPanels = 16;
 
-// How one input type becomes panels, and panels a product.
+// How one input type becomes panels, and panels a product. See Kernels for each.
 template <typename Element>
 struct Packing {
   std::int64_t tokens_per_element;
+  std::int64_t step;  // the depth of a product is a multiple of this many elements
   void (*pack)(const void*, std::int64_t, const std::int64_t*, std::int64_t, std::int64_t, std::int64_t, Element*,
                std::int64_t);
   void (*add_product)(std::int64_t, const Element*, const Element*, float*, std::int64_t);
+  void (*arrange_left)(std::int64_t, Element*, Element*) = nullptr;
+  void (*begin_products)() = nullptr;
+  void (*end_products)() = nullptr;
+
+  std::int64_t copies() const { return arrange_left != nullptr ? 2 : 1; }
 };
+
+// Packed columns: panel p is [depth][kPanel], and behind it, where the product wants one, the copy for its left side.
+template <typename Element>
+struct Panels {
+  Element* data;
+  std::int64_t depth, copies;
+
+  std::int64_t stride() const { return copies * depth * kPanel; }
+  Element* right(std::int64_t p, std::int64_t k) const { return data + p * stride() + k * kPanel; }
+  Element* left(std::int64_t p, std::int64_t k) const { return right(p, k) + (copies - 1) * depth * kPanel; }
+};
+
+constexpr std::int64_t rounded_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 
 // Adds the products of one tile of the lower triangle of G, panels [row, row_end) x [column, column_end), to `sums`.
 template <typename Element>
-void multiply_tile(const Packing<Element>& packing, const Element* panels, std::int64_t depth, std::int64_t row,
+void multiply_tile(const Packing<Element>& packing, const Panels<Element>& panels, std::int64_t row,
                    std::int64_t row_end, std::int64_t column, std::int64_t column_end, float* sums,
                    std::int64_t sums_stride) {
   const std::int64_t step = kDepthTokens / packing.tokens_per_element;
-  for (std::int64_t k = 0; k < depth; k += step) {
-    const std::int64_t count = std::min(step, depth - k);
+  if (packing.begin_products != nullptr) packing.begin_products();
+  for (std::int64_t k = 0; k < panels.depth; k += step) {
+    const std::int64_t count = std::min(step, panels.depth - k);
     for (std::int64_t q = column; q < column_end; ++q) {
       for (std::int64_t p = std::max(row, q); p < row_end; ++p) {
-        packing.add_product(count, panels + (p * depth + k) * kPanel, panels + (q * depth + k) * kPanel,
+        packing.add_product(count, panels.left(p, k), panels.right(q, k),
                             sums + ((p - row) * sums_stride + (q - column)) * kPanel, sums_stride);
       }
     }
   }
+  if (packing.end_products != nullptr) packing.end_products();
 }
 
 // The Gram is cut into tiles of a few panels; only tiles on or below the diagonal are computed, each by one task over
@@ -52,16 +73,18 @@ Status accumulate(const ConstMatrix& x, const std::uint8_t* token_mask, float* g
   const Kernels& loops = kernels();
   const std::int64_t columns = x.columns, panel_count = (columns + kPanel - 1) / kPanel;
   const std::int64_t bytes_per_token =
-      panel_count * kPanel * static_cast<std::int64_t>(sizeof(Element)) / packing.tokens_per_element;
+      packing.copies() * panel_count * kPanel * static_cast<std::int64_t>(sizeof(Element)) / packing.tokens_per_element;
   const std::int64_t longest =
       std::min(std::max(kPackedBytes / bytes_per_token / kDepthTokens, std::int64_t{2}) * kDepthTokens, x.rows);
   const std::int64_t tile = panel_count >= 24 ? 5 : 2;  // in panels: a tile and its operands fit the second-level cache
   const std::int64_t tiles = (panel_count + tile - 1) / tile, slots = slot_count();
-  const std::int64_t longest_depth = (longest + packing.tokens_per_element - 1) / packing.tokens_per_element;
-  Buffer<Element> panels(panel_count * kPanel * longest_depth);
+  const auto depth_of = [&](std::int64_t tokens) {
+    return rounded_up((tokens + packing.tokens_per_element - 1) / packing.tokens_per_element, packing.step);
+  };
+  Buffer<Element> packed(packing.copies() * panel_count * kPanel * depth_of(longest));
   Buffer<float> sums(slots * tile * tile * kPanel * kPanel);
   Buffer<std::int64_t> tokens(longest);
-  if (!panels || !sums || !tokens) return kOutOfMemory;
+  if (!packed || !sums || !tokens) return kOutOfMemory;
 
   for (std::int64_t next = 0; next < x.rows;) {
     std::int64_t count = 0;
@@ -69,15 +92,20 @@ Status accumulate(const ConstMatrix& x, const std::uint8_t* token_mask, float* g
       if (token_mask == nullptr || token_mask[next] != 0) tokens[count++] = next;
     }
     if (count == 0) break;
-    const std::int64_t depth = (count + packing.tokens_per_element - 1) / packing.tokens_per_element;
+    const Panels<Element> panels = {packed.data(), depth_of(count), packing.copies()};
 
     const std::int64_t column_tasks = (panel_count + kPackPanels - 1) / kPackPanels;
     const std::int64_t token_tasks = (count + kPackTokens - 1) / kPackTokens;
     parallel_for(column_tasks * token_tasks, [&](std::int64_t task) {
       const std::int64_t panel = task % column_tasks * kPackPanels, token = task / column_tasks * kPackTokens;
-      packing.pack(x.data, x.row_stride, tokens.data() + token, std::min(kPackTokens, count - token), panel * kPanel,
-                   std::min(kPackPanels * kPanel, columns - panel * kPanel),
-                   panels.data() + (panel * depth + token / packing.tokens_per_element) * kPanel, depth * kPanel);
+      const std::int64_t packed_tokens = std::min(kPackTokens, count - token), k = token / packing.tokens_per_element;
+      packing.pack(x.data, x.row_stride, tokens.data() + token, packed_tokens, panel * kPanel,
+                   std::min(kPackPanels * kPanel, columns - panel * kPanel), panels.right(panel, k), panels.stride());
+      if (packing.arrange_left == nullptr) return;
+      const std::int64_t elements = (packed_tokens + packing.tokens_per_element - 1) / packing.tokens_per_element;
+      for (std::int64_t p = panel; p < std::min(panel + kPackPanels, panel_count); ++p) {
+        packing.arrange_left(elements, panels.right(p, k), panels.left(p, k));
+      }
     });
 
     parallel_for(tiles * (tiles + 1) / 2, slots, [&](std::int64_t task, std::int64_t slot) {
@@ -88,7 +116,7 @@ Status accumulate(const ConstMatrix& x, const std::uint8_t* token_mask, float* g
       const std::int64_t stride = tile * kPanel;
       float* block = sums.data() + slot * stride * stride;
       std::fill(block, block + stride * stride, 0.0f);
-      multiply_tile(packing, panels.data(), depth, row, row_end, column, column_end, block, stride);
+      multiply_tile(packing, panels, row, row_end, column, column_end, block, stride);
       for (std::int64_t p = row; p < row_end; ++p) {
         for (std::int64_t q = column; q < column_end && q <= p; ++q) {
           const float* part = block + ((p - row) * stride + (q - column)) * kPanel;
@@ -111,10 +139,11 @@ Status gram_accumulate(ConstMatrix x, const std::uint8_t* token_mask, float* gra
   const Kernels& loops = kernels();
   if (x.dtype == DType::bfloat16 && loops.add_pair_product != nullptr) {
     return accumulate<std::uint32_t>(x, token_mask, gram, gram_stride,
-                                     {2, loops.pack_token_pairs, loops.add_pair_product});
+                                     {2, loops.pair_step, loops.pack_token_pairs, loops.add_pair_product,
+                                      loops.arrange_left, loops.begin_products, loops.end_products});
   }
   return accumulate<float>(x, token_mask, gram, gram_stride,
-                           {1, loops.pack_tokens[static_cast<int>(x.dtype)], loops.add_product});
+                           {1, 1, loops.pack_tokens[static_cast<int>(x.dtype)], loops.add_product});
 }
 
 }  // namespace hpa::cpu

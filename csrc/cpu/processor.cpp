@@ -4,6 +4,10 @@
 #include <cpuid.h>
 
 #include <cstdint>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace hpa::cpu {
@@ -48,12 +52,25 @@ ProcessorFeatures detect_processor() {
              vl = bit(extended.ebx, 31);
   features.avx512 = features.avx2 && saves_zmm && f && dq && bw && vl;
   features.avx512_bf16 = features.avx512 && bit(extended_1.eax, 5);
+  const bool saves_tiles = bit(state, 17) && bit(state, 18);  // their configuration and their data
+  features.amx_bf16 = features.avx512_bf16 && saves_tiles && bit(extended.edx, 22) && bit(extended.edx, 24);
   return features;
+}
+
+// arch_prctl(2), Documentation/arch/x86/xstate.rst of Linux: from 5.16 on, the tile data is given on request only.
+bool request_tile_registers() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 #else
 
 ProcessorFeatures detect_processor() { return {}; }
+bool request_tile_registers() { return false; }
 
 #endif
 

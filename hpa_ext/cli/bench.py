@@ -15,9 +15,10 @@ from types import ModuleType
 import torch
 
 from hpa_ext import ops
-from hpa_ext.build_info import OPERATIONS
+from hpa_ext.build_info import OPERATIONS, build_info
 
-NAMES = (*OPERATIONS, "harmonize", "hide")
+NAMES = (*OPERATIONS, "gram_kernels", "harmonize", "compromise", "hide")
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -42,6 +43,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     target.add_argument("--out", type=Path, metavar="FILE", help="where to write the numbers")
     target.add_argument("--no-save", action="store_true", help="only print")
     parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw how cost grows (.png, .svg or .pdf); best with --full"
+    )
+    parser.add_argument(
+        "--instruction-set", metavar="NAME", help="the CPU kernels to use, of those that `hpa-ext info` lists"
+    )
+    parser.add_argument(
         "--native-cuda", action="store_true", help="use the CUDA kernels even where torch is the default"
     )
     parser.set_defaults(run=run)
@@ -58,22 +65,43 @@ def run(args: argparse.Namespace) -> int:
         return _refuse("--device cuda: torch sees no CUDA device here")
     if args.out is not None and (args.out.is_dir() or not _can_write_beside(args.out)):
         return _refuse(f"--out: expected a file that can be written, got {args.out}")
+    if args.plot is not None and (args.plot.suffix not in _PICTURES or not _can_write_beside(args.plot)):
+        return _refuse(f"--plot: expected a file {', '.join(_PICTURES)} that can be written, got {args.plot}")
+    if args.instruction_set is not None and args.instruction_set not in build_info()["instruction_sets"]:
+        known = ", ".join(build_info()["instruction_sets"])
+        return _refuse(f"--instruction-set: expected one of {known} on this processor, got {args.instruction_set!r}")
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
     benchmarks = load_benchmarks()
     results, table = (importlib.import_module(f"{benchmarks.__name__}.{name}") for name in ("results", "table"))
     setting = benchmarks.Setting(device, args.quick, args.full, args.repeats, seed=secrets.randbits(31))
     kernels = ops.native_cuda() if args.native_cuda else contextlib.nullcontext()
-    with _threads(args.threads), kernels:
+    chosen = ops.instruction_set(args.instruction_set) if args.instruction_set else contextlib.nullcontext()
+    with _threads(args.threads), kernels, chosen:
         rows = benchmarks.run(dict.fromkeys(args.op or NAMES), setting, _progress)
         document = results.contents(rows, setting)
     _progress("")
     print(table.header(document, setting.ceilings), table.table(rows), sep="\n\n")
+    if args.plot is not None:
+        _plot(document, args.plot)
     if not all(row.correct for row in rows):
         print("hpa-ext bench: a result was WRONG (see the table); nothing was saved", file=sys.stderr)
         return 1
     if args.out is not None or not (args.quick or args.no_save):
         print(f"\nsaved to {results.save(document, args.out)}")
     return 0
+
+
+def _plot(document: dict, path: Path) -> None:
+    from hpa_ext.reporting.bench_plot import growth
+
+    title = f"{document['device']}, {document['threads']} threads, {document['instruction_set']}"
+    title += f"; load average before {document['load_average']:.1f}"
+    try:
+        growth(document["rows"], title).savefig(path)
+    except ValueError as error:
+        print(f"\nno picture: {error}", file=sys.stderr)
+    else:
+        print(f"\ndrawn to {path}")
 
 
 def load_benchmarks() -> ModuleType:

@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"torch            {info['torch']}")
     print(f"CUDA kernels     {cuda}; devices: {info['cuda_devices']}")
     print(f"instruction set  {info['instruction_set']} (of {', '.join(info['instruction_sets'])})")
+    if info["unverified_instruction_sets"]:
+        print(f"                 on request, not yet verified: {', '.join(info['unverified_instruction_sets'])}")
     print()
     width = max(map(len, info["operations"]))
     print(f"{'operation'.ljust(width)}  {'CPU tensors':12}  CUDA tensors")

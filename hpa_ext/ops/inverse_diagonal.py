@@ -37,15 +37,17 @@ class InverseDiagonal:
         damping_used: float64 ``[...]``, the relative damping that the factorisation succeeded with.
         precision_bits: int32 ``[...]``, 32 or 64, the precision that it succeeded in.
         failed_minor: int32 ``[...]``, 0 on success; only ``check=False`` lets another value through.
+        from_rows: whether it was had from the activations' rows, without the Gram (``ops.inverse_diagonal_of_rows``).
     """
 
     diagonal: Tensor
     damping_used: Tensor
     precision_bits: Tensor
     failed_minor: Tensor
+    from_rows: bool = False
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The attributes in order, as the operator returns them."""
+        """The tensors in order, as the operator returns them."""
         return self.diagonal, self.damping_used, self.precision_bits, self.failed_minor
 
 

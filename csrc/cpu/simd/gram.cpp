@@ -102,6 +102,9 @@ void fill_gram(Kernels& kernels) {
   kernels.pack_token_pairs = pack_token_pairs;
   kernels.add_product = add_product;
   kernels.add_pair_product = nullptr;
+  kernels.pair_step = 1;
+  kernels.arrange_left = nullptr;
+  kernels.begin_products = kernels.end_products = nullptr;
   kernels.add_block = add_block;
   kernels.add_block_transposed = add_block_transposed;
 }

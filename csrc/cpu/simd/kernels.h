@@ -46,9 +46,17 @@ struct Kernels {
                            std::int64_t panel_stride);
   // c[i * c_stride + j] += sum over k < depth of a[k * kPanel + i] * b[k * kPanel + j]
   void (*add_product)(std::int64_t depth, const float* a, const float* b, float* c, std::int64_t c_stride);
-  // The same for pairs of bfloat16; null where the instruction set has no such product.
+  // The same for pairs of bfloat16; null where the instruction set has no such product. depth is a multiple of
+  // pair_step.
   void (*add_pair_product)(std::int64_t depth, const std::uint32_t* a, const std::uint32_t* b, float* c,
                            std::int64_t c_stride);
+  std::int64_t pair_step;
+  // Where the pair product wants its first operand laid out otherwise: fills panel [depth][kPanel] up with zeros to a
+  // multiple of pair_step, and writes that layout, as large, to `left`. Null where a panel serves as both.
+  void (*arrange_left)(std::int64_t depth, std::uint32_t* panel, std::uint32_t* left);
+  // Called by a thread before and after a run of pair products; null where there is nothing to do.
+  void (*begin_products)();
+  void (*end_products)();
   // out[i * out_stride + j] += c[i * c_stride + j], and the same with out transposed.
   void (*add_block)(const float* c, std::int64_t c_stride, std::int64_t rows, std::int64_t columns, float* out,
                     std::int64_t out_stride);
@@ -94,6 +102,9 @@ HPA_DECLARE_INSTRUCTION_SET(isa_avx512)
 
 namespace isa_avx512_bf16 {
 void fill_gram_pairs(Kernels& kernels);
+}
+namespace isa_amx_bf16 {
+void fill_gram_tiles(Kernels& kernels);
 }
 
 }  // namespace hpa::cpu

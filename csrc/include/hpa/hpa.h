@@ -1,6 +1,7 @@
 // Everything of the C++ API.
 #pragma once
 
+#include "hpa/cholesky.h"
 #include "hpa/column_mask.h"
 #include "hpa/column_scores.h"
 #include "hpa/gram.h"

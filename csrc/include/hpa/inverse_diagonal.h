@@ -25,10 +25,23 @@ struct InverseDiagonalResult {
   float* smallest_pivot;       // [batch] min_j L_jj^2 of the unit-diagonal matrix: near 0 means few digits left
 };
 
+// The same for S = X^T X from its rows X, without S: cheaper while the tokens are fewer than the features.
+struct RowsDiagonalResult {
+  float* diagonal;             // [in] diag((S + delta I)^-1), delta = damping * mean(diag S); NaN where it failed
+  float* squares;              // [in] diag S
+  std::int32_t* failed_minor;  // [] 0: success; k > 0: a factorisation failed at minor k, or S is zero; -1: NaN or Inf
+  float* smallest_pivot;       // [] of the unit-diagonal matrices that were factored
+  float* smallest_remainder;   // [] min_j of what is left of 1 in 1 - x_j^T G^-1 x_j: near 0 means few digits left
+};
+
 namespace cpu {
 
 // damping >= 0, relative to mean(diag H) of each matrix. A dead column (H_jj = 0) is regular once damping > 0.
 Status inverse_diagonal(MatrixBatch h, double damping, Precision precision, InverseDiagonalResult result);
+
+// x [tokens, in]; damping > 0; at least one token. float32. The relative error is below some eps / (smallest_pivot *
+// smallest_remainder); whoever calls decides whether that suffices. inverse_diagonal_rows.cpp has the derivation.
+Status inverse_diagonal_of_rows(ConstMatrix x, double damping, RowsDiagonalResult result);
 
 }  // namespace cpu
 namespace cuda {

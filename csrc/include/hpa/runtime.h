@@ -23,11 +23,13 @@ void set_thread_count(std::int32_t threads);
 std::int32_t thread_count();
 
 // The instruction sets this build has kernels for and this processor runs, slowest first, as a
-// comma-separated list ("portable,avx2,avx512,avx512_bf16"), and the one in use.
+// comma-separated list ("portable,avx2,avx512,avx512_bf16,amx_bf16"), and the one in use. The fastest is chosen, but
+// for amx_bf16, whose kernel of gram has not run on a processor that has AMX: it is used on request only.
 const char* available_instruction_sets();
 const char* instruction_set();
 
 // Uses another of the available sets, for tests and measurements. Not meant to be called while operations run.
+// Unavailable where the processor lacks it, or the operating system refuses the tile registers of amx_bf16.
 Status set_instruction_set(const char* name);
 
 }  // namespace cpu
