@@ -16,9 +16,9 @@ from hpa_ext.data import load_conversations
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram import Gram, GramCollection, GramPair
 from hpa_ext.gram_diagonal import GramDiagonal
-from hpa_ext.harmonizing import harmonize, harmonize_, harmonize_checkpoint, harmonize_model
+from hpa_ext.harmonizing import harmonize, harmonize_, harmonize_checkpoint, harmonize_model, plan_checkpoint
 from hpa_ext.hpa import HPAConfig, LayerReport, ModelReport
-from hpa_ext.hpa.checkpoint import merge_checkpoint, plan_checkpoint
+from hpa_ext.hpa.checkpoint import merge_checkpoint
 
 __version__ = build_info()["version"]
 

@@ -18,11 +18,13 @@ from hpa_ext.compromise import CompromiseConfig, CompromiseLayerReport, Compromi
 from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa import HPAConfig, LayerReport, ModelReport
+from hpa_ext.hpa.checkpoint.estimate import CheckpointPlan
 from hpa_ext.hpa.checkpoint.grams import GramSource
 from hpa_ext.models.remembered import RememberedWeights
 from hpa_ext.ops._checks import describe
 
 METHODS = {"hpa": "hpa_ext.hpa", "compromise": "hpa_ext.compromise"}
+PLANS = {"hpa_ext.hpa": "hpa_ext.hpa.checkpoint.estimate", "hpa_ext.compromise": "hpa_ext.compromise.estimate"}
 
 Config = HPAConfig | CompromiseConfig
 AnyLayerReport = LayerReport | CompromiseLayerReport
@@ -161,6 +163,31 @@ def harmonize_checkpoint(
         old, new, safety, task, out, config,
         output=output, old_adapters=old_adapters, modules=modules, resume=resume, device=device, progress=progress,
         **more,
+    )  # fmt: skip
+
+
+def plan_checkpoint(
+    old: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    safety: GramSource,
+    task: GramSource,
+    out: str | os.PathLike[str],
+    config: Config | None = None,
+    *,
+    earlier: Sequence[GramSource] = (),
+    output: str = "checkpoint",
+    old_adapters: Sequence[str | os.PathLike[str]] = (),
+    modules: str | Iterable[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> CheckpointPlan:
+    """What `harmonize_checkpoint` with the same arguments would cost in bytes, memory and time.
+
+    Raises what it would raise before its work. Nothing is left on the disk.
+    """
+    module = importlib.import_module(PLANS[method_of(config).__name__])
+    return module.plan_checkpoint(
+        old, new, safety, task, out, config,
+        output=output, old_adapters=old_adapters, modules=modules, device=device, **_earlier(config, earlier),
     )  # fmt: skip
 
 

@@ -249,7 +249,7 @@ def test_wrong_arguments():
     for arguments, options, error, message in (
         ((iter(batches), batches), {}, TypeError, "safety: expected batches that can be gone through again"),
         ((batches, 3), {}, TypeError, "task: expected an iterable of batches or a function, got int"),
-        ((batches, batches, {"alpha_max": 1}), {}, TypeError, "config: expected an HPAConfig, got dict"),
+        ((batches, batches, {"alpha_max": 1}), {}, TypeError, "config: expected an HPAConfig or a .*, got dict"),
         ((batches, batches), {"passes": 0}, ValueError, "passes: expected an int of at least 1, got 0"),
         ((batches, batches), {"model_old": "path"}, TypeError, "model_old: expected an nn.Module, got str"),
     ):

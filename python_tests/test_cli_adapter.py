@@ -85,3 +85,25 @@ def test_the_commands_of_the_documentation_exist():
     for line in found:
         args = parser().parse_args(line)
         args.settings.resolve(args)
+
+
+def test_the_plan_of_an_adapter(files, tmp_path, capsys):
+    made, root = files
+    assert main(words(root, tmp_path / "out", "--plan")) == 0
+    assert "to harmonize" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    earlier = ["--earlier", str(root / "task.safetensors")]
+    plans = []
+    for more in (["--strength", "1"], [], earlier, ["--budget", "1"]):
+        assert main(words(root, tmp_path / "out", "--plan", "--json", "-", *more)) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    fixed, budget, protected, free = plans
+    size = sum(tensor.nbytes for tensor in made.tensors().values())
+    assert all(plan["write_bytes"] == size for plan in plans)
+    assert fixed["modules"] == budget["modules"] and protected["grams"] == 1.5 * budget["grams"]
+    assert protected["memory_bytes"] > budget["memory_bytes"] == fixed["memory_bytes"]
+    assert free["seconds"]["factor"] == 0 < fixed["seconds"]["factor"]
+    assert main(words(root, tmp_path / "out", "--plan", "--modules", "no_such")) == 2
+    capsys.readouterr()
+    assert main(words(root, tmp_path / "out", "--quiet", "--json", "-")) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == budget["modules"]
+    assert main(words(root, tmp_path / "out", "--plan")) == 2, "the output is there already"

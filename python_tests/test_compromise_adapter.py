@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import adapter_models
@@ -380,3 +381,24 @@ def test_on_a_quantised_base_it_acts_as_on_the_dequantised_one(plain, tmp_path):
 
 def test_names_in_messages_are_those_of_the_model(plain):
     assert all(re.match(r"model\.language_model\.layers\.\d", name) for name in plain.safety)
+
+
+def test_a_mapping_may_make_its_grams_when_they_are_asked_for(plain, tmp_path):
+    """New objects every time share no input, and none is taken for another that is gone."""
+
+    class Made(Mapping):
+        def __init__(self, grams):
+            self.grams = grams
+
+        def __getitem__(self, name):
+            return Gram.from_state_dict(self.grams[name].state_dict())
+
+        def __iter__(self):
+            return iter(self.grams)
+
+        def __len__(self):
+            return len(self.grams)
+
+    for out, pair in (("stored", (plain.safety, plain.task)), ("made", (Made(plain.safety), Made(plain.task)))):
+        harmonize_adapter(plain.adapter, *pair, tmp_path / out, CompromiseConfig(strength=0.5), progress=False)
+    assert (tmp_path / "made" / FILE).read_bytes() == (tmp_path / "stored" / FILE).read_bytes()

@@ -14,7 +14,16 @@ from harmonize_inputs import make_inputs
 from test_harmonize_checkpoint_distributed import on_processes
 
 import hpa_ext
-from hpa_ext import CompromiseConfig, CompromiseReport, GramDiagonal, HPAConfig, NumericalError, harmonize_checkpoint
+from hpa_ext import (
+    CompromiseConfig,
+    CompromiseReport,
+    GramDiagonal,
+    HPAConfig,
+    NumericalError,
+    harmonize_checkpoint,
+    plan_checkpoint,
+    save_grams,
+)
 from hpa_ext.checkpoints.weights import CheckpointWeights
 from hpa_ext.cli.main import main
 from hpa_ext.compromise.checkpoint import CompromiseMethod
@@ -223,7 +232,42 @@ def test_on_the_command_line(inputs, tmp_path, capsys):
         (["--method", "compromise", "--retain-max", "20"], "--retain-max: is no setting of --method compromise"),
         (["--budget", "0.1"], "--budget: is no setting of --method hpa"),
         (["--earlier", str(inputs.task)], "--earlier: is no setting of --method hpa"),
-        (["--method", "compromise", "--plan"], "--plan: knows HPA alone"),
     ):
         assert main(words(inputs, tmp_path / "no", inputs.adapter, *wrong)) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("new", "output"), [("new", "checkpoint"), ("adapter", "checkpoint"), ("adapter", "adapter")])
+def test_the_plan_knows_what_the_run_will_do(inputs, tmp_path, new, output):
+    arguments = inputs.arguments(new) | {"out": tmp_path / "out", "output": output}
+    plan = plan_checkpoint(**arguments, config=BUDGET)
+    assert plan.output == output and plan.fits and not (tmp_path / "out").exists()
+    report = harmonize_checkpoint(**arguments, config=BUDGET, progress=False)
+    assert plan.modules == len(report)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors"))
+    assert plan.write_bytes == pytest.approx(written, rel=0.5)
+    assert "to harmonize" in str(plan) and all(value >= 0 for value in plan.seconds.values())
+    # One strength takes one factor for all linears of an input, a budget about four for each linear.
+    fixed = plan_checkpoint(**arguments | {"out": tmp_path / "other"}, config=CONFIG)
+    protected = plan_checkpoint(
+        **arguments | {"out": tmp_path / "other"}, config=CONFIG, earlier=[inputs.grams["task"]]
+    )
+    assert protected.grams == 1.5 * fixed.grams == 1.5 * plan.grams
+    work = [one.seconds["factor"] * one.rates["factor"] for one in (fixed, plan)]
+    assert work[1] > 4 * work[0] and protected.memory_bytes > fixed.memory_bytes
+    with pytest.raises(FileExistsError):
+        plan_checkpoint(**arguments, config=CONFIG)
+    with pytest.raises(ValueError, match="output: expected one of checkpoint, adapter"):
+        plan_checkpoint(**arguments | {"output": "lora"}, config=CONFIG)
+    with pytest.raises(ValueError, match="earlier: HPA has no place"):
+        plan_checkpoint(**arguments, config=HPAConfig(), earlier=[inputs.grams["task"]])
+
+
+def test_the_plan_from_the_command_line(inputs, tmp_path, capsys):
+    words = inputs.arguments()
+    for name in ("safety", "task"):
+        save_grams(inputs.grams[name], tmp_path / f"{name}.safetensors")
+        words[name] = tmp_path / f"{name}.safetensors"
+    flags = [str(word) for name, path in words.items() for word in (f"--{name}", path)]
+    assert main(["harmonize", "--method", "compromise", "--plan", *flags, "--out", str(tmp_path / "out")]) == 0
+    assert "factor" in capsys.readouterr().out and not (tmp_path / "out").exists()

@@ -38,14 +38,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     settings.add("--modules", metavar="REGEX", help="modules, by whole name; all that the Grams have by default")
     settings.add("--device", default="cpu", metavar="NAME", help="where the arithmetic is done")
     settings.add("--resume", action="store_true", default=False, help="go on with an interrupted run, or begin")
-    settings.add("--json", type=Path, metavar="FILE", help="write the report there too; - for stdout alone")
+    settings.add("--plan", action="store_true", default=False, help="only say what it would take: disk, memory, time")
+    settings.add("--json", type=Path, metavar="FILE", help="write the report (or plan) there too; - for stdout alone")
     settings.add("--quiet", action="store_true", default=False, help="no progress and no table")
     add_compromise_settings(settings)
     parser.set_defaults(run=run, settings=settings)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Harmonize, then print."""
+    """Plan or harmonize, then print."""
     given = args.settings.resolve(args)
     config = compromise_config(given)
     check_json(given.json)
@@ -53,8 +54,14 @@ def run(args: argparse.Namespace) -> int:
 
     arguments = {
         name: getattr(given, name)
-        for name in ("adapter", "safety", "task", "out", "earlier", "base", "modules", "device", "resume")
+        for name in ("adapter", "safety", "task", "out", "earlier", "base", "modules", "device")
     }
-    report = harmonize_adapter(**arguments, config=config, progress=not given.quiet)
+    if given.plan:
+        from hpa_ext.compromise.estimate import plan_adapter
+
+        plan = plan_adapter(**arguments, config=config)
+        show_report(given, plan, plan.to_dict())
+        return 0 if plan.fits else 2
+    report = harmonize_adapter(**arguments, config=config, resume=given.resume, progress=not given.quiet)
     show_report(given, "" if given.quiet else f"{report}\n", report.to_dict(), last=f"written: {given.out}")
     return 0

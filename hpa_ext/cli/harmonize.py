@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
     # Imported late: transformers takes seconds, and `hpa-ext --help` should not.
     from transformers.utils import logging
 
-    from hpa_ext.harmonizing import harmonize_checkpoint
-    from hpa_ext.hpa.checkpoint import plan_checkpoint
+    from hpa_ext.harmonizing import harmonize_checkpoint, plan_checkpoint
     from hpa_ext.processes import Processes, torchrun_processes
 
     logging.set_verbosity_error()
@@ -83,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
         name: getattr(given, name)
         for name in ("old", "new", "safety", "task", "out", "output", "old_adapters", "modules", "device")
     }
+    if given.method == "compromise":
+        arguments["earlier"] = given.earlier
     if given.plan:
         plan = plan_checkpoint(**arguments)
         show_report(given, plan, plan.to_dict())
         return 0 if plan.fits else 2
-    if given.method == "compromise":
-        arguments["earlier"] = given.earlier
     with torchrun_processes() if "RANK" in os.environ else nullcontext():
         report = harmonize_checkpoint(**arguments, resume=given.resume, progress=not given.quiet)
         if Processes.current().is_first:
@@ -104,6 +103,4 @@ def _config(given: argparse.Namespace, named: set[str]) -> HPAConfig | Compromis
         raise ValueError(f"--{name.replace('_', '-')}: is no setting of --method {given.method}")
     if given.method == "hpa":
         return hpa_config(given)
-    if given.plan:
-        raise ValueError("--plan: knows HPA alone; the compromise takes the whole Grams and one factor more in memory")
     return compromise_config(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -83,7 +84,7 @@ class GramSources:
         self, name: str, config: CompromiseConfig, device: torch.device, width: int, float64: bool = False
     ) -> Compromise:
         """The solver for a module's input, with its matrices on the device; errors name the module."""
-        safety, task, *earlier = (grams[name] for grams in self.mappings.values())
+        safety, task, *earlier = (partial(_taken, grams, name) for grams in self.mappings.values())
         try:
             found = read_full_grams((safety, task), width, device, earlier=earlier, float64=float64, move=True)
             return Compromise(found, config)
@@ -91,11 +92,6 @@ class GramSources:
             raise error.in_module(name) from error
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-        finally:
-            # A Gram file keeps its last Gram, which would lie in memory beside the matrices made from it.
-            for grams in self.mappings.values():
-                if isinstance(grams, GramFile):
-                    grams.forget()
 
     def fingerprints(self, names: Sequence[str]) -> dict[str, str]:
         """Of each source, for the identity of an output."""
@@ -104,3 +100,12 @@ class GramSources:
     def paths(self) -> list[str]:
         """The files among them."""
         return [str(grams.path) for grams in self.mappings.values() if isinstance(grams, GramFile)]
+
+
+def _taken(grams: Mapping[str, Gram], name: str) -> Gram:
+    """A module's Gram, which a Gram file does not keep for the next module: it would lie beside its matrix."""
+    try:
+        return grams[name]
+    finally:
+        if isinstance(grams, GramFile):
+            grams.forget()

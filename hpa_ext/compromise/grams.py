@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from hpa_ext.ops._checks import describe
 from hpa_ext.ops.inverse_diagonal import check_symmetric
 
 FullGram = Gram | Tensor
+Lazy = Callable[[], FullGram]
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,19 @@ class CompromiseGrams:
 
 
 def read_full_grams(
-    gram: GramPair | tuple[FullGram, FullGram],
+    gram: GramPair | tuple[FullGram | Lazy, FullGram | Lazy],
     in_features: int,
     device: torch.device,
     *,
-    earlier: Sequence[FullGram] = (),
+    earlier: Sequence[FullGram | Lazy] = (),
     float64: bool = False,
     move: bool = False,
 ) -> CompromiseGrams:
     """Check the Grams of a linear with so many input features, on this device, and take their matrices.
 
     Args:
-        gram: a `GramPair` or ``(safety, task)``; each a `Gram` or its matrix ``[in, in]``.
+        gram: a `GramPair` or ``(safety, task)``; each a `Gram`, its matrix ``[in, in]``, or a function that returns
+            such, so that of files no more than one Gram lies in memory beside the matrices.
         earlier: Grams of the same input on earlier tasks' samples, to be protected too.
         float64: whether to compute in float64 whatever the matrices are.
         move: whether to move the matrices to the device, instead of refusing those that are elsewhere.
@@ -115,6 +117,7 @@ def mean_diagonal(matrix: Tensor) -> float:
 
 def _matrix(name: str, gram: Any, in_features: int, device: torch.device, move: bool) -> Tensor:
     """H ``[in, in]`` float32 or float64; finite, symmetric and not zero."""
+    gram = gram() if callable(gram) else gram
     check_full_gram(name, gram)
     try:
         matrix = gram.detach() if isinstance(gram, Tensor) else gram.matrix()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hpa_ext.compromise.config import CompromiseConfig
-from hpa_ext.compromise.factor import Factor, damped_product, factorize
+from hpa_ext.compromise.factor import Factor, factorize
 from hpa_ext.compromise.grams import CompromiseGrams, mean_diagonal
 from hpa_ext.compromise.strength import find_strength
 from hpa_ext.errors import NumericalError
@@ -43,9 +43,8 @@ class UpdateRows:
         wide = b.double() * scaling
         return cls(a, wide.mT @ wide)
 
-    def energy(self, rows: Tensor, matrix: Tensor) -> float:
-        """``tr(metric X H X^T)`` for X ``[k, in]``, the mean squared change of outputs (twice, as H has it)."""
-        product = rows.to(matrix.dtype) @ matrix
+    def energy(self, rows: Tensor, product: Tensor) -> float:
+        """``tr(metric X H X^T)`` of X ``[k, in]`` and X H: the mean squared change of outputs, twice as H has it."""
         if self.metric is None:
             return max(float((product * rows).sum(dtype=torch.float64)), 0.0)
         return max(float(((product.double() @ rows.double().mT) * self.metric).sum()), 0.0)
@@ -122,22 +121,25 @@ class Compromise:
             return self._solve(UpdateRows(update.rows.to(self.grams.dtype), update.metric), update.rows, start)
 
     def _solve(self, update: UpdateRows, given: Tensor, start: float | None) -> Solution:
-        sides = {"safety": self.grams.safety, "task": self.grams.task, "earlier": self.grams.earlier}
-        whole = {name: 0.0 if gram is None else update.energy(update.rows, gram) for name, gram in sides.items()}
+        products = self._products(update.rows)
+        whole = {name: update.energy(update.rows, product) for name, product in products.items()}
         if not all(math.isfinite(value) for value in whole.values()):
             raise NumericalError(f"the update is too large for these Grams: its outputs overflow {self.grams.dtype}")
-        strength, evaluations, changed = self._strength(update, whole["safety"], start)
+        strength, evaluations, changed = self._strength(update, products, whole["safety"], start)
         rows, used = changed, None
         if (strength == 0 and not self._earlier_counts) or not bool(update.rows.any()):
             rows, changed, evaluations = given, update.rows, 0
         elif math.isinf(strength):
             rows = changed = torch.zeros_like(update.rows)
         else:
-            rows = changed = self._rows(update.rows, strength) if changed is None else changed
+            rows = changed = self._rows(update.rows, products, strength) if changed is None else changed
             used = self._factor
+        del products
 
         def share(name: str, difference: Tensor) -> float | None:
-            return update.energy(difference, sides[name]) / whole[name] if whole[name] > 0 else None
+            if not whole.get(name):
+                return None
+            return update.energy(difference, difference @ self._sides()[name]) / whole[name]
 
         return Solution(
             rows=rows,
@@ -150,12 +152,23 @@ class Compromise:
             factor=used,
         )
 
+    def _sides(self) -> dict[str, Tensor]:
+        """The Grams that there are, by name."""
+        sides = {"safety": self.grams.safety, "task": self.grams.task, "earlier": self.grams.earlier}
+        return {name: gram for name, gram in sides.items() if gram is not None}
+
+    def _products(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows times each Gram, which all strengths have in common."""
+        return {name: rows @ gram for name, gram in self._sides().items()}
+
     @property
     def _earlier_counts(self) -> bool:
         """Whether earlier tasks have a part in the solution."""
         return self.grams.earlier is not None and self.config.earlier_strength > 0
 
-    def _strength(self, update: UpdateRows, whole: float, start: float | None) -> tuple[float, int, Tensor | None]:
+    def _strength(
+        self, update: UpdateRows, products: dict[str, Tensor], whole: float, start: float | None
+    ) -> tuple[float, int, Tensor | None]:
         """The strength in force, how many were tried, and the rows at it if they are known by then."""
         config = self.config
         if config.strength is not None:
@@ -165,6 +178,8 @@ class Compromise:
         if config.budget == 0:
             return math.inf, 0, None
         small = update.compressed()
+        if small is not update:
+            products = self._products(small.rows)
         scale = self.grams.scale()
         start = scale if start is None else start
         tried: dict[float, float] = {}
@@ -174,8 +189,8 @@ class Compromise:
             nonlocal rows
             if strength not in tried:
                 rows = None  # before the next ones are made
-                rows = self._rows(small.rows, strength)
-                tried[strength] = small.energy(rows, self.grams.safety) / whole
+                rows = self._rows(small.rows, products, strength)
+                tried[strength] = small.energy(rows, rows @ self.grams.safety) / whole
             return tried[strength]
 
         def at(found: float) -> tuple[float, int, Tensor | None]:
@@ -186,22 +201,20 @@ class Compromise:
             return at(0.0)
         return at(find_strength(share, config.budget, start, config.tolerance, scale))
 
-    def _rows(self, rows: Tensor, strength: float) -> Tensor:
+    def _rows(self, rows: Tensor, products: dict[str, Tensor], strength: float) -> Tensor:
         """``X = D H_t S^-1``, or the same as ``D - D (mu H_s + nu H_e) S^-1``: what corrects less rounds less."""
-        grams, factor, others = self.grams, self._factor_at(strength), self._protecting(strength)
-        if sum(weight * mean_diagonal(gram) for weight, gram in others) > mean_diagonal(grams.task):
-            return factor.solve(damped_product(rows, grams.task, factor.task_damping)).to(rows.dtype)
-        removed = torch.zeros_like(rows)
-        for weight, gram in others:
-            removed = removed.add(damped_product(rows, gram, factor.protected_damping), alpha=weight)
-        return rows - factor.solve(removed).to(rows.dtype)
-
-    def _protecting(self, strength: float) -> list[tuple[float, Tensor]]:
-        """The protected Grams with their multipliers."""
-        found = [(strength, self.grams.safety)]
+        factor, weights = self._factor_at(strength), {"safety": strength}
         if self._earlier_counts:
-            found.append((self.config.earlier_strength, self.grams.earlier))
-        return found
+            weights["earlier"] = self.config.earlier_strength
+        means = {name: mean_diagonal(gram) for name, gram in self._sides().items()}
+        if sum(weight * means[name] for name, weight in weights.items()) > means["task"]:
+            damped = torch.add(products["task"], rows, alpha=factor.task_damping * means["task"])
+            return factor.solve(damped).to(rows.dtype)
+        removed = torch.zeros_like(rows)
+        for name, weight in weights.items():
+            removed.add_(products[name], alpha=weight)
+            removed.add_(rows, alpha=weight * factor.protected_damping * means[name])
+        return rows - factor.solve(removed).to(rows.dtype)
 
     def _factor_at(self, strength: float) -> Factor:
         if self._factor is None or self._factor.strength != strength:

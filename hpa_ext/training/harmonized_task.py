@@ -1,9 +1,9 @@
-"""A task of a training run that ends with HPA: what is remembered when it begins, and the harmonizing when it ends."""
+"""A task of a training run that ends with harmonizing: what is remembered when it begins, and what is done then."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,18 +14,22 @@ from torch import Tensor, nn
 
 from hpa_ext.agreement import Agreement
 from hpa_ext.calibration import calibrate
+from hpa_ext.compromise import CompromiseConfig
+from hpa_ext.compromise.grams import check_full_gram
+from hpa_ext.compromise.layer import refuse_sharded
 from hpa_ext.gram import Gram
-from hpa_ext.gram_diagonal import AnyGram, GramDiagonal
+from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.gram_reduction import reduce_grams
+from hpa_ext.harmonizing import AnyReport, Config, harmonize_model
 from hpa_ext.hpa.config import HPAConfig
-from hpa_ext.hpa.model import harmonize_model
-from hpa_ext.hpa.report import ModelReport
 from hpa_ext.models.linear import Linear
 from hpa_ext.models.linears import find_linears
 from hpa_ext.models.remembered import RememberedWeights
 from hpa_ext.models.sharding import local, refuse_other_sharding, reshard
 from hpa_ext.models.structure import layer_depth, unwrap, without_data_parallel
 from hpa_ext.token_masks import TokenMask
+
+from .grams_on_device import where_weights_are
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -36,7 +40,7 @@ class TaskSettings:
 
     safety: Batches | Mapping[str, AnyGram]
     task: Batches
-    config: HPAConfig
+    config: Config
     modules: str | list[str] | None = None
     token_mask: TokenMask | None = "attended"
     model_old: nn.Module | None = None
@@ -44,15 +48,22 @@ class TaskSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.config, HPAConfig):
-            raise TypeError(f"config: expected an HPAConfig, got {type(self.config).__name__}")
+        if not isinstance(self.config, (HPAConfig, CompromiseConfig)):
+            raise TypeError(f"config: expected an HPAConfig or a CompromiseConfig, got {type(self.config).__name__}")
         if isinstance(self.passes, bool) or not isinstance(self.passes, int) or self.passes < 1:
             raise ValueError(f"passes: expected an int of at least 1, got {self.passes!r}")
+        if self.passes > 1 and self.takes_whole_grams:
+            raise ValueError(f"passes: expected 1 with the compromise, which keeps all Grams, got {self.passes}")
         if self.model_old is not None and not isinstance(self.model_old, nn.Module):
             raise TypeError(f"model_old: expected an nn.Module, got {type(self.model_old).__name__}")
         if not isinstance(self.safety, Mapping):
             _check_batches("safety", self.safety)
         _check_batches("task", self.task)
+
+    @property
+    def takes_whole_grams(self) -> bool:
+        """Whether the method needs more of a Gram than the diagonal of its inverse."""
+        return isinstance(self.config, CompromiseConfig)
 
 
 @dataclass(frozen=True)
@@ -63,14 +74,15 @@ class HarmonizedTask:
         model: the model that is tuned.
         names: the linears that the task can change.
         old: copies of their weights, or another model; None where the tuned model without its adapters is the old one.
-        safety: the safety Grams, or the diagonals of their inverses, by name.
+        safety: the safety Grams, or the diagonals of their inverses, by name; a Gram file as it is where the method
+            takes whole Grams.
         settings: what it is harmonized with.
     """
 
     model: weakref.ref[nn.Module]
     names: list[str]
     old: RememberedWeights | nn.Module | None
-    safety: dict[str, AnyGram]
+    safety: Mapping[str, AnyGram]
     settings: TaskSettings
 
     @classmethod
@@ -99,6 +111,9 @@ class HarmonizedTask:
                     "model_old: the training goes on from a checkpoint, so the weights before the task are no longer "
                     "in the model; give model_old, the model that the task began with"
                 )
+            if settings.takes_whole_grams:
+                for name, linear in linears.items():
+                    refuse_sharded(f"{name}: model", linear.base_weight())
         names = list(linears)
         is_base = adapters_were_zero
         if is_base is None:
@@ -111,36 +126,58 @@ class HarmonizedTask:
         else:
             old, called, adapters = RememberedWeights.of(model, names), model, nullcontext()
         with adapters:
-            safety = _diagonals(called, settings.safety, names, settings)
+            safety = _grams(called, settings.safety, names, settings)
         return cls(weakref.ref(model), names, old, safety, settings)
 
-    def end(self, model: nn.Module) -> ModelReport:
-        """Make the task Grams with the tuned model and harmonize it in place. Every process must call this."""
-        task = _diagonals(model, self.settings.task, self.names, self.settings)
+    def end(
+        self, model: nn.Module, earlier: Sequence[Mapping[str, Gram]] = ()
+    ) -> tuple[AnyReport, Mapping[str, AnyGram]]:
+        """Make the task Grams with the tuned model and harmonize it in place. Every process must call this.
+
+        Args:
+            model: the one that `begin` got, tuned.
+            earlier: Grams of earlier tasks, for a method that takes them.
+
+        Returns:
+            The report, and the task's Grams: whole ones if the method takes such.
+        """
+        settings = self.settings
+        task = _grams(model, settings.task, self.names, settings)
         reshard(model)
         linears = find_linears(model, self.names)
-        safety, task = (_where_weights_are(grams, linears, self.settings.config) for grams in (self.safety, task))
+        safety, used, *others = (
+            where_weights_are(grams, linears, settings.config) for grams in (self.safety, task, *earlier)
+        )
         old = unwrap(model) if self.old is None else self.old
         with _together_unless_sharded(model):
-            return harmonize_model(
-                old, model, safety, task, self.settings.config, modules=self.names, progress=self.settings.progress
-            )
+            report = harmonize_model(
+                old, model, safety, used, settings.config,
+                earlier=others, modules=self.names, progress=settings.progress,
+            )  # fmt: skip
+        return report, task
 
 
-def _diagonals(
+def _grams(
     model: nn.Module, batches: Batches | Mapping[str, AnyGram], names: list[str], settings: TaskSettings
-) -> dict[str, AnyGram]:
-    """The diagonals of the inverse Grams of these linears, of all processes' batches."""
+) -> Mapping[str, AnyGram]:
+    """What the method needs of the Grams of these linears, of all processes' batches."""
     if isinstance(batches, Mapping):
         missing = [name for name in names if name not in batches]
         if missing:
             raise ValueError(f"safety: no Gram of {missing[0]}, which is trained")
+        if settings.takes_whole_grams:
+            check_full_gram(f"{names[0]}: safety", batches[names[0]])  # before the training, not after it
+            return batches
         return {name: batches[name] for name in names}
     found: dict[str, AnyGram] = {}
     for part in _parts(names, unwrap(model), settings.passes):
         with _random_numbers_kept(), _together_unless_sharded(model):
             again = batches() if callable(batches) else batches
             grams = calibrate(model, again, part, settings.token_mask, settings.progress)
+        if settings.takes_whole_grams:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                grams.all_reduce_()
+            return grams
         found.update(reduce_grams(grams, settings.config.damping, rescue=settings.config.rescue))
     return found
 
@@ -221,16 +258,3 @@ def _parts(names: list[str], model: nn.Module, count: int) -> list[list[str]]:
     count = min(count, len(groups))
     bounds = [len(groups) * index // count for index in range(count + 1)]
     return [[name for group in groups[start:stop] for name in group] for start, stop in pairwise(bounds)]
-
-
-def _where_weights_are(
-    grams: Mapping[str, AnyGram], linears: Mapping[str, Linear], config: HPAConfig
-) -> dict[str, AnyGram]:
-    """The Grams on the weights' device: activations are on another one if weights are offloaded."""
-    moved: dict[str, AnyGram] = {}
-    for name, linear in linears.items():
-        gram, device = grams[name], local(linear.base_weight()).device
-        if isinstance(gram, Gram) and gram.device != device:
-            gram = GramDiagonal.of(gram, config.damping, rescue=config.rescue)
-        moved[name] = gram if isinstance(gram, Gram) else gram.to(device)
-    return moved

@@ -37,7 +37,8 @@ class CheckpointPlan:
 
     Attributes:
         modules: how many weights are harmonized.
-        grams: how many distinct Grams there are to factor, both sets together; 0 if they are reduced already.
+        grams: how many distinct whole Grams there are to work through, all sets together; 0 if they are reduced
+            already.
         read_bytes, write_bytes: from and to the disk.
         free_bytes: on the output's filesystem.
         memory_bytes: at the highest, beyond the interpreter and torch. With Grams that float32 cannot factor,
@@ -73,7 +74,7 @@ class CheckpointPlan:
         room = "" if self.fits else ": NOT ENOUGH"
         lines = [
             f"output   {self.output}",
-            f"weights  {self.modules} to harmonize, {self.grams} Grams to factor",
+            f"weights  {self.modules} to harmonize, {self.grams} whole Grams",
             f"disk     {bytes_text(self.read_bytes)} to read, {bytes_text(self.write_bytes)} to write, "
             f"{bytes_text(self.free_bytes)} free{room}",
             f"memory   {memory}, beyond the interpreter",
@@ -109,7 +110,7 @@ def plan_checkpoint(
         parent = partial_directory(out).parent
         rates = _measure(job, device, parent)
         weights = [linear.base_weight() for linear in job.linears.values()]
-        merge_read, written = _merge_bytes(job)
+        merge_read, written = merge_bytes(job)
         gram_read = sum(2 * width * (width + 1) for _, width in factored)
         operations = sum(2 / 3 * width**3 for _, width in factored)
         stages = {
@@ -158,7 +159,7 @@ def _factored(job: Job) -> list[tuple[str, int]]:
     return found
 
 
-def _merge_bytes(job: Job) -> tuple[int, int]:
+def merge_bytes(job: Job) -> tuple[int, int]:
     """Bytes that the second phase reads and writes."""
     kind_of = job.kind_of()
     harmonized = [entry.nbytes for entry in job.source.entries.values() if kind_of(entry.name)[0] == "merge"]
@@ -200,7 +201,7 @@ def _measure(job: Job, device: torch.device, parent: Path) -> dict[str, float]:
     start = time.perf_counter()
     hashlib.sha256(buffer)
     rates["hash"] = len(buffer) / (time.perf_counter() - start)
-    rates["write"] = _write_rate(parent, buffer)
+    rates["write"] = write_rate(parent, buffer)
     return rates
 
 
@@ -208,7 +209,7 @@ def _flat_diagonal(width: int, damping: float) -> GramDiagonal:
     return GramDiagonal(torch.ones(width), torch.zeros(width, dtype=torch.bool), 1, damping, damping, 32)
 
 
-def _write_rate(parent: Path, buffer: bytes) -> float:
+def write_rate(parent: Path, buffer: bytes) -> float:
     """Through to the disk, with a file without a name; where there are none, a guess of 0.5 GB/s."""
     try:
         descriptor = os.open(parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)

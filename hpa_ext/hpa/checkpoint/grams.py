@@ -62,7 +62,8 @@ def leaders(grams: Mapping[str, Gram | GramDiagonal], names: list[str]) -> dict[
     if isinstance(grams, GramFile):
         key_of: dict[str, object] = {name: leader for leader, members in grams.groups.items() for name in members}
     else:
-        key_of = {name: id(grams[name]) for name in names}
+        held = [grams[name] for name in names]  # together: a mapping may make them, and ids of dead ones recur
+        key_of = {name: id(gram) for name, gram in zip(names, held, strict=True)}
     first: dict[object, str] = {}
     return {name: first.setdefault(key_of[name], name) for name in names}
 
