@@ -1,9 +1,10 @@
-"""HiDe and HPA together on the embedded model: Last and MASR of HiDe alone, HPA alone, and both.
+"""HiDe and harmonizing on the embedded model: Last and MASR of HiDe alone, HPA alone, and HiDe with either method.
 
-    python benchmarks/hide_safety.py WORK [--seeds 0,1,2]
+    python benchmarks/hide_safety.py WORK [--seeds 0,1,2] [--parts hide,compromise,hpa]
 
 WORK is that of ``hide_tasks.py``, whose experts are used and whose FineTune stands beside them. "HPA" is FineTune from
-task to task with every step harmonized; "both" harmonizes each expert before it is fused or routed.
+task to task with every step harmonized; "+ HPA" and "+ compromise" harmonize each expert before it is fused or routed,
+"others protected" with the task Grams of the other experts.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from hide_tasks import (
     tunable,
 )
 
-from hpa_ext import GramCollection, calibrate, harmonize_model
+from hpa_ext import CompromiseConfig, GramCollection, calibrate, harmonize_model
 from hpa_ext.data.collate import calibration_batches
 from hpa_ext.data.safety_set import collect_safety_set
 from hpa_ext.data.samples import Sample
@@ -41,6 +42,7 @@ from hpa_ext.evaluation.generate import generate_answers
 from hpa_ext.evaluation.metrics import DEFAULT_REFUSALS
 from hpa_ext.hide import HiDeConfig, HiDeModel, harmonize_experts
 from hpa_ext.hide.expert_sources import read_expert
+from hpa_ext.hide.experts import Expert
 from hpa_ext.models.embedded import load_embedded
 
 CONFIGS = {
@@ -48,6 +50,12 @@ CONFIGS = {
     "HiDe, top layers 3, e 0.4": HiDeConfig(top_layers=3, fusion_coefficients=0.4),
     "HiDe, expand all": HiDeConfig(top_layers=4, projector="routed"),
 }
+MORE_CONFIGS = {
+    "HiDe, projectors routed": HiDeConfig(projector="routed"),
+    "HiDe, top layers 3": HiDeConfig(top_layers=3),
+    "HiDe, top layers 3, projectors routed": HiDeConfig(top_layers=3, projector="routed"),
+}
+"""Where experts that protect each other leave room for more than the paper's setting: with coefficients of 1."""
 
 
 def safety_samples(model: torch.nn.Module, processor: Any, seed: int) -> list[Sample]:
@@ -85,10 +93,11 @@ def hpa_sequence(seed: int) -> dict[str, Any]:
     return {"HPA": {"scores": task_scores(model, processor, seed, TASKS), "masr": masr(model, processor, seed)}}
 
 
-def hide_with_and_without(work: Path, seed: int) -> dict[str, Any]:
-    """Every configuration with plain and with harmonized experts."""
+def expert_grams(
+    work: Path, seed: int
+) -> tuple[torch.nn.Module, list[Expert], GramCollection, dict[str, GramCollection]]:
+    """The base, its experts, the safety Grams of the base, and the task Grams of the base with each expert."""
     base, processor = load_embedded()
-    found = {"base": {"scores": task_scores(base, processor, seed, TASKS), "masr": masr(base, processor, seed)}}
     adapters, _ = load_experts(work, seed, TASKS)
     experts = [read_expert(task, source, base) for task, source in adapters.items()]
     safety = safety_grams(base, processor, safety_samples(base, processor, seed))
@@ -96,17 +105,62 @@ def hide_with_and_without(work: Path, seed: int) -> dict[str, Any]:
     for expert in experts:
         single = HiDeModel(load_embedded()[0], {expert.task: expert}, config=HiDeConfig(top_layers=0))
         grams[expert.task] = task_grams(single.merge_and_unload(), processor, expert.task, seed)
-    harmonized, _ = harmonize_experts(base, experts, safety, grams, progress=False)
-    plain, processor = hide_model(work, seed, TASKS)
-    features = plain.features
-    anchors = plain.anchors
-    both = HiDeModel(load_embedded()[0], {e.task: e for e in harmonized}, anchors, features=features)
+    return base, experts, safety, grams
+
+
+def measured(work: Path, seed: int, config: HiDeConfig, experts: list[Expert] | None = None) -> dict[str, Any]:
+    """Accuracies and MASR of a configuration with these experts; None for those on disk."""
+    model, processor = hide_model(work, seed, TASKS)
+    if experts is not None:
+        anchors, features = model.anchors, model.features
+        model = HiDeModel(load_embedded()[0], {e.task: e for e in experts}, anchors, features=features)
+    model.configure(config)
+    return {"scores": task_scores(model, processor, seed, TASKS), "masr": masr(model, processor, seed)}
+
+
+def hide_with_and_without(work: Path, seed: int) -> dict[str, Any]:
+    """Every configuration with plain experts and with experts harmonized by HPA."""
+    base, processor = load_embedded()
+    found = {"base": {"scores": task_scores(base, processor, seed, TASKS), "masr": masr(base, processor, seed)}}
+    harmonized, _ = harmonize_experts(*expert_grams(work, seed), progress=False)
     for name, config in CONFIGS.items():
-        for model, suffix in ((plain, ""), (both, " + HPA")):
-            model.configure(config)
-            scores = task_scores(model, processor, seed, TASKS)
-            found[name + suffix] = {"scores": scores, "masr": masr(model, processor, seed)}
+        found[name] = measured(work, seed, config)
+        found[f"{name} + HPA"] = measured(work, seed, config, harmonized)
     return found
+
+
+def hide_with_compromise(work: Path, seed: int) -> dict[str, Any]:
+    """Every configuration with experts harmonized by the compromise at its defaults, and more configurations.
+
+    "Others protected" is left out where nothing is fused: it is then the same. "Others alone" has a strength of 0, so
+    that only the other tasks are protected and not the safety set.
+    """
+    given = expert_grams(work, seed)
+    by_hpa, _ = harmonize_experts(*given, progress=False)
+    alone, _ = harmonize_experts(*given, CompromiseConfig(), progress=False)
+    found = {}
+    for name, config in (CONFIGS | MORE_CONFIGS).items():
+        if name in MORE_CONFIGS:
+            found[name] = measured(work, seed, config)
+            found[f"{name} + HPA"] = measured(work, seed, config, by_hpa)
+        found[f"{name} + compromise"] = measured(work, seed, config, alone)
+        if config.top_layers == 4:
+            continue
+        for suffix, settings in (
+            ("compromise, others protected", CompromiseConfig()),
+            ("others alone protected", CompromiseConfig(strength=0.0)),
+        ):
+            protecting, _ = harmonize_experts(*given, settings, progress=False, protect_others=config)
+            found[f"{name} + {suffix}"] = measured(work, seed, config, protecting)
+    return found
+
+
+PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "hide": hide_with_and_without,
+    "compromise": hide_with_compromise,
+    "hpa": lambda work, seed: hpa_sequence(seed),
+}
+"""What is measured, each into a file of its own: HiDe with and without HPA, with the compromise, and HPA alone."""
 
 
 def main() -> int:
@@ -114,7 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help="directory of hide_tasks.py")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--parts", default="hide,hpa", help="HiDe with and without HPA, HPA alone (default: both)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of these (default: all): %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -126,7 +180,7 @@ def main() -> int:
             path = arguments.work / f"seed-{seed}" / f"safety_{part}.json"
             if path.is_file():
                 continue
-            found = hpa_sequence(seed) if part == "hpa" else hide_with_and_without(arguments.work, seed)
+            found = PARTS[part](arguments.work, seed)
             path.write_text(json.dumps(found) + "\n")
             for name, row in found.items():
                 last, seconds = sum(row["scores"]) / len(row["scores"]), time.perf_counter() - started

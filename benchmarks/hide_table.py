@@ -52,15 +52,17 @@ def ablations(work: Path) -> str:
 
 
 def safety(work: Path) -> str:
-    """Last and MASR with and without HPA."""
+    """Last and MASR with and without harmonizing, the variants of a model below each other."""
     found: dict[str, list[dict]] = {}
-    for path in sorted(work.glob("seed-*/safety_*.json")):
+    for path in sorted(work.glob("seed-*/safety_*.json"), key=lambda path: (path.stem != "safety_hide", path)):
         for name, row in json.loads(path.read_text()).items():
             found.setdefault(name, []).append(row)
     if not found:
         return "no safety runs"
     rows = []
-    for name, given in found.items():
+    first = {name.partition(" + ")[0]: row for row, name in reversed(list(enumerate(found)))}
+    for name in sorted(found, key=lambda name: (first[name.partition(" + ")[0]], " + " in name)):
+        given = found[name]
         scores = [sum(row["scores"]) / len(row["scores"]) for row in given]
         rows.append([name, cell(scores), cell([row["masr"] for row in given])])
     return format_table(("model", "Last", "MASR"), rows)

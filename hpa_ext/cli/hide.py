@@ -30,7 +30,8 @@ def _build(actions: argparse._SubParsersAction) -> None:
     parser = actions.add_parser(
         "build", help="put adapters together",
         description="Puts PEFT LoRA adapters, one per task and in this order, together with their anchors and writes "
-        "a HiDe model. Anchors come from --data, from --anchors, or from hide_anchors.safetensors in each adapter's "
+        "a HiDe model. Adapters that `hpa-ext adapter` or `hpa-ext harmonize --output adapter` made safer go in like "
+        "any other. Anchors come from --data, from --anchors, or from hide_anchors.safetensors in each adapter's "
         "directory, where training leaves them. " + _FEATURES,
     )  # fmt: skip
     _base(parser)

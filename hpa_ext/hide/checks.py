@@ -19,9 +19,7 @@ def check_parts(
     base: nn.Module, linears: Sequence[str], experts: Sequence[Expert], anchors: Anchors | None, config: HiDeConfig
 ) -> None:
     """ValueError if there are more top layers than layers, or anchors and experts are not of the same tasks."""
-    layers = layer_count(base)
-    if config.top_layers > layers:
-        raise ValueError(f"top_layers: expected at most the model's {layers} decoder layers, got {config.top_layers}")
+    check_top_layers(base, config)
     tasks = [expert.task for expert in experts]
     routes = any(found.kind == "routed" for found in assign(base, linears, experts, config).values())
     routes = routes or (config.projector == "routed" and any(expert.projector for expert in experts))
@@ -35,6 +33,13 @@ def check_parts(
     extra = sorted(set(anchors.tasks) - set(tasks))
     if extra:
         raise ValueError(f"adapters: expected one for every task of the anchors, got none for {extra[0]!r}")
+
+
+def check_top_layers(base: nn.Module, config: HiDeConfig) -> None:
+    """ValueError if there are more top layers than layers."""
+    layers = layer_count(base)
+    if config.top_layers > layers:
+        raise ValueError(f"top_layers: expected at most the model's {layers} decoder layers, got {config.top_layers}")
 
 
 def check_config(config: object) -> None:
