@@ -13,6 +13,7 @@ from hpa_ext import ops
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram_exchange import check_alike, exchange_triangle, initialised
 from hpa_ext.gram_rows import KeptRows
+from hpa_ext.gram_sum import GramSum
 from hpa_ext.models.sharding import local_tokens
 from hpa_ext.ops._checks import is_number
 from hpa_ext.ops.gram import check_gram
@@ -39,6 +40,10 @@ class Gram:
 
     ``H = (2/n) sum x^T x`` of HPA is `matrix()`. The factor makes H the Hessian of the layer's squared output error.
 
+    On the CPU calls of fewer than 64 tokens are added together, so that the sum of 100,000 tokens is within 2e-6 of
+    float64 (Frobenius norm) however they are cut into calls. On a device each call is an addition in float32, and one
+    token a call costs up to 6e-5.
+
     On the CPU the tokens of a wide layer are kept as they came while they are few (up to 0.6 of `in_features`, from 512
     features on), because the diagonal of the inverse then costs a fraction of the time. They become the sum, with the
     same bits, as soon as somebody asks for it, or more tokens come.
@@ -50,10 +55,9 @@ class Gram:
         # A tensor to learn the device from: "cuda" stands for the current one.
         device = torch.empty(0, device=device).device
         self._in_features, self._device = in_features, device
-        self._total: Tensor | None = None  # made when it is first needed, if rows are kept
+        # Either rows are kept, or there is a sum.
         self._rows = KeptRows(in_features) if KeptRows.serve(in_features, device) else None
-        if self._rows is None:
-            self._total = self._zeros()
+        self._total = GramSum(self._zeros()) if self._rows is None else None
         # Two counters, because the size of a mask on a device is only known there until somebody asks.
         self._host_tokens = 0
         self._device_tokens: Tensor | None = None
@@ -69,19 +73,18 @@ class Gram:
         """Where the accumulator lives."""
         return self._device
 
-    @property
-    def _sum(self) -> Tensor:
-        """``sum x^T x``; from here on rows are no longer kept."""
+    def _summed(self) -> GramSum:
+        """The sum; from here on rows are no longer kept."""
         if self._total is None:
-            self._total = self._zeros()
-            self._rows.accumulate_(self._total)
-        self._rows = None
+            total = GramSum(self._zeros())
+            self._rows.add_to(total)
+            self._total, self._rows = total, None  # not before all are added: memory may run out in between
         return self._total
 
-    @_sum.setter
-    def _sum(self, total: Tensor) -> None:
-        self._total, self._rows = total, None
-        self._in_features, self._device = total.shape[0], total.device
+    @property
+    def _sum(self) -> Tensor:
+        """``sum x^T x`` of all tokens; from here on rows are no longer kept."""
+        return self._summed().total
 
     def _zeros(self) -> Tensor:
         with torch.inference_mode(False):  # or it could not be added to outside of inference mode
@@ -113,7 +116,7 @@ class Gram:
         """
         x, token_mask = local_tokens(x, token_mask)
         if not self._keep(x, token_mask):
-            ops.gram_accumulate_(self._sum, x, token_mask)
+            self._summed().add_(x, token_mask)
         self._inverse.clear()
         if token_mask is None:
             self._host_tokens += x.numel() // self.in_features
@@ -122,8 +125,8 @@ class Gram:
         else:
             counted = token_mask.sum()
             self._device_tokens = counted if self._device_tokens is None else self._device_tokens + counted
-        if self.device.type == "cpu":
-            self.check_finite()
+        if self.device.type == "cpu" and self._total is not None:
+            self._check_diagonal(self._total.without_waiting)
         return self
 
     def _keep(self, x: Tensor, token_mask: Tensor | None) -> bool:
@@ -142,8 +145,13 @@ class Gram:
 
     def check_finite(self) -> None:
         """Raise NumericalError if an activation was not finite. Synchronises with a device."""
-        if not bool(self.is_finite()):
-            columns = (~torch.isfinite(self._sum.diagonal())).nonzero().flatten().tolist()
+        if self._rows is None:
+            self._check_diagonal(self._sum)
+
+    def _check_diagonal(self, total: Tensor) -> None:
+        finite = torch.isfinite(total.diagonal())
+        if not bool(finite.all()):
+            columns = (~finite).nonzero().flatten().tolist()
             shown = ", ".join(map(str, columns[:5])) + (", ..." if len(columns) > 5 else "")
             raise NumericalError(
                 f"activations hold NaN, Inf or values too large for float32 in {len(columns)} of {self.in_features} "
@@ -173,6 +181,8 @@ class Gram:
         self, damping: float = 0.01, *, normalization: str = "mean", rescue: str = "damping"
     ) -> ops.InverseDiagonal:
         """As `inverse_diagonal`, with the damping and precision that it took. Its tensors are the kept ones."""
+        if not is_number(damping):
+            raise ValueError(f"damping: expected a finite number, at least 0, got {damping!r}")
         key = (float(damping), normalization, rescue)
         if key not in self._inverse:  # what is kept was checked then, and is returned without synchronising
             factor = self._factor(normalization)
@@ -187,7 +197,7 @@ class Gram:
 
     def _inverse_from_rows(self, damping: float, rescue: str) -> ops.InverseDiagonal | None:
         """None where no rows are kept or they do not suffice; wrong arguments are for the operation to refuse."""
-        if self._rows is None or not is_number(damping) or not 0 < damping < math.inf or rescue not in RESCUES:
+        if self._rows is None or not 0 < damping < math.inf or rescue not in RESCUES:
             return None
         return self._rows.inverse_diagonal(float(damping))
 
@@ -203,9 +213,12 @@ class Gram:
             raise ValueError(f"other: expected a Gram of {self.in_features} features, got {other.in_features}")
         if other.device != self.device:
             raise ValueError(f"other: expected a Gram on {self.device}, got one on {other.device}")
-        self._host_tokens += other.token_count
-        if self._rows is None or other._rows is None or not self._rows.join(other._rows):
-            self._sum += other._sum
+        rows, count = other._rows, other.token_count
+        if rows is None:
+            self._sum.add_(other._sum)
+        elif self._rows is None or not self._rows.join(rows):
+            rows.add_to(self._summed())
+        self._host_tokens += count
         self._inverse.clear()
         return self
 
@@ -270,7 +283,8 @@ class Gram:
     def of_sum(cls, total: Tensor, token_count: int) -> Gram:
         """The Gram of a sum ``[in, in]`` float32, taken over without a copy and without a look at its values."""
         gram = cls(1, device=total.device)
-        gram._sum = total
+        gram._in_features = total.shape[0]
+        gram._total, gram._rows = GramSum(total), None
         gram._host_tokens = token_count
         return gram
 

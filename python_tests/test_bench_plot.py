@@ -59,14 +59,35 @@ def test_the_command_draws(tmp_path, monkeypatch):
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_cannot_be_written_costs_no_numbers(tmp_path, monkeypatch, capsys):
+    """The disk may be full by then."""
+    document = {"device": "one", "threads": 1, "instruction_set": "x", "load_average": 0.0}
+    document["rows"] = [row("gram", [tokens, 64], "tokens, in") for tokens in (64, 128)]
+    assert bench._plot(document, tmp_path / "gone" / "cost.png") == 1
+    assert "--plot:" in capsys.readouterr().err
+
+    def draw(document, path):
+        assert (tmp_path / "numbers.json").exists()
+        return 1
+
+    monkeypatch.setattr(bench, "_plot", draw)
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers(required=True))
+    options = ["--quick", "--threads", "1", "--repeats", "1", "--out", str(tmp_path / "numbers.json")]
+    args = parser.parse_args(["bench", "column_mask", *options, "--plot", str(tmp_path / "cost.png")])
+    assert args.run(args) == 1
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
+        ("--plot", "folder.png", "--plot: expected a file .png"),
         ("--plot", "cost.txt", "--plot: expected a file .png"),
         ("--instruction-set", "quantum", "--instruction-set: expected one of portable"),
     ],
 )
 def test_bad_options_are_refused(option, value, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     assert run("gram", option, value) == 2
     assert message in capsys.readouterr().err

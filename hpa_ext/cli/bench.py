@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "checking the result against float64. Prints a table, and writes the numbers to benchmarks/results/ of the "
         "checkout, or to ./hpa-ext-benchmarks/.",
         epilog="`hpa-ext bench continual --help`: methods on sequences of tuning steps. Exit code: 0, or 1 if a "
-        "result was wrong (nothing is saved then), or 2 for wrong usage.",
+        "result was wrong (nothing is saved then) or the picture could not be written, or 2 for wrong usage.",
     )
     parser.add_argument("op", nargs="*", help=f"what to measure, of: {', '.join(NAMES)}; all by default")
     size = parser.add_mutually_exclusive_group()
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         return _refuse("--device cuda: torch sees no CUDA device here")
     if args.out is not None and (args.out.is_dir() or not _can_write_beside(args.out)):
         return _refuse(f"--out: expected a file that can be written, got {args.out}")
-    if args.plot is not None and (args.plot.suffix not in _PICTURES or not _can_write_beside(args.plot)):
+    if args.plot is not None and not _can_draw(args.plot):
         return _refuse(f"--plot: expected a file {', '.join(_PICTURES)} that can be written, got {args.plot}")
     if args.instruction_set is not None and args.instruction_set not in build_info()["instruction_sets"]:
         known = ", ".join(build_info()["instruction_sets"])
@@ -81,27 +81,32 @@ def run(args: argparse.Namespace) -> int:
         document = results.contents(rows, setting)
     _progress("")
     print(table.header(document, setting.ceilings), table.table(rows), sep="\n\n")
-    if args.plot is not None:
-        _plot(document, args.plot)
     if not all(row.correct for row in rows):
         print("hpa-ext bench: a result was WRONG (see the table); nothing was saved", file=sys.stderr)
         return 1
     if args.out is not None or not (args.quick or args.no_save):
         print(f"\nsaved to {results.save(document, args.out)}")
-    return 0
+    return 0 if args.plot is None else _plot(document, args.plot)
 
 
-def _plot(document: dict, path: Path) -> None:
+def _plot(document: dict, path: Path) -> int:
+    """Draw to the file; the exit code."""
     from hpa_ext.reporting.bench_plot import growth
 
     title = f"{document['device']}, {document['threads']} threads, {document['instruction_set']}"
     title += f"; load average before {document['load_average']:.1f}"
     try:
-        growth(document["rows"], title).savefig(path)
-    except ValueError as error:
-        print(f"\nno picture: {error}", file=sys.stderr)
-    else:
-        print(f"\ndrawn to {path}")
+        picture = growth(document["rows"], title)
+    except ValueError:
+        print("\nno picture: no metric has two sizes that differ in one dimension; try --full", file=sys.stderr)
+        return 0
+    try:
+        picture.savefig(path)
+    except OSError as error:
+        print(f"hpa-ext bench: --plot: {path} could not be written: {error}", file=sys.stderr)
+        return 1
+    print(f"\ndrawn to {path}")
+    return 0
 
 
 def load_benchmarks() -> ModuleType:
@@ -147,6 +152,10 @@ def _progress(text: str) -> None:
 def _refuse(message: str) -> int:
     print(f"hpa-ext bench: {message}", file=sys.stderr)
     return 2
+
+
+def _can_draw(path: Path) -> bool:
+    return path.suffix.lower() in _PICTURES and not path.is_dir() and _can_write_beside(path)
 
 
 def _can_write_beside(path: Path) -> bool:

@@ -18,8 +18,8 @@ _VARIABLE = "HPA_EXT_INSTRUCTION_SET"
 def instruction_set(name: str) -> Iterator[None]:
     """Within the context, the process's CPU kernels are those of one of ``build_info()["instruction_sets"]``.
 
-    The environment variable HPA_EXT_INSTRUCTION_SET sets the one of a process. "amx_bf16" differs from the fastest
-    other set in `gram` for bfloat16 alone, and has not run on a processor that has AMX yet.
+    The environment variable HPA_EXT_INSTRUCTION_SET, read at import, sets the one of a process. "amx_bf16" differs from
+    the fastest other set in `gram` for bfloat16 alone, and has not run on a processor that has AMX yet.
 
     Raises:
         RuntimeError: this build or processor lacks it, or the operating system refuses the registers that it needs.
