@@ -9,7 +9,16 @@ import tiny_models
 import torch
 from trainer_models import trainer
 
-from hpa_ext import CompromiseConfig, GramFile, HPAConfig, calibrate, harmonize_model, save_grams
+from hpa_ext import (
+    CompromiseConfig,
+    Gram,
+    GramDiagonal,
+    GramFile,
+    HPAConfig,
+    calibrate,
+    harmonize_model,
+    save_grams,
+)
 from hpa_ext.compromise import add_task_
 from hpa_ext.gram import GramCollection
 from hpa_ext.training.callback import HarmonizeCallback
@@ -132,7 +141,7 @@ def test_wrong_arguments(tmp_path):
         callback(base).save_earlier(tmp_path / "x.safetensors")
     save_grams(task, tmp_path / "diagonal.safetensors", reduce="diagonal")
     harmonizing = HarmonizeCallback(GramFile(tmp_path / "diagonal.safetensors"), batches, CONFIG, progress=False)
-    with pytest.raises(TypeError, match="safety: a GramDiagonal holds the diagonal of the inverse alone"):
+    with pytest.raises(TypeError, match=r"safety: .*diagonal\.safetensors holds diagonals of inverses"):
         harmonizing.before_task(base)
 
 
@@ -144,3 +153,98 @@ def test_sharded_weights_are_refused_before_the_training(monkeypatch):
     monkeypatch.setattr(layer, "is_sharded", lambda weight: True)
     with pytest.raises(ValueError, match=r"q_proj: model: the compromise does not take DTensors"):
         callback(base).before_task(base)
+
+
+def lora_on(model, *targets):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, target_modules=list(targets)))
+
+
+def test_grams_that_do_not_fit_are_refused_before_the_training(tmp_path):
+    base = tiny_models.llama()
+    task = grams(base, 6)
+    save_grams(task, tmp_path / "diagonal.safetensors", reduce="diagonal")
+    with pytest.raises(TypeError, match="holds diagonals of inverses"):
+        callback(base, earlier=tmp_path / "diagonal.safetensors")
+    narrow = GramCollection({name: Gram(5).update(torch.ones(3, 5)) for name in task})
+    empty = GramCollection({name: Gram(one.in_features) for name, one in task.items()})
+    last = dict(task) | {"model.layers.1.self_attn.k_proj": GramDiagonal.of(task["model.layers.1.self_attn.k_proj"])}
+    few = {name: one for name, one in task.items() if "k_proj" not in name}
+    with pytest.raises(ValueError, match="q_proj: expected a Gram of 32 features in earlier, got 5"):
+        callback(base, earlier=narrow).before_task(lora(copy.deepcopy(base)))
+    for safety, error, message in (
+        (narrow, ValueError, "q_proj: expected a Gram of 32 features in safety, got 5"),
+        (empty, ValueError, "q_proj: its Gram in safety has counted no tokens"),
+        (last, TypeError, r"layers\.1\.self_attn\.k_proj: safety: a GramDiagonal"),
+        (few, ValueError, r"safety: no Gram of model\.layers\.0\.self_attn\.k_proj, which is trained"),
+    ):
+        harmonizing = HarmonizeCallback(safety, tiny_models.batches(base, seed=6), CONFIG, progress=False)
+        with pytest.raises(error, match=message):
+            harmonizing.before_task(lora(copy.deepcopy(base)))
+        with pytest.raises(RuntimeError, match="before_task was not called"):
+            harmonizing.after_task(base)
+
+
+def test_tasks_that_train_other_linears(tmp_path):
+    """The sum goes on for the linears that an earlier task trained, and one of all linears serves any task."""
+    base = tiny_models.llama()
+    harmonizing = callback(base)
+    for targets in (["q_proj", "down_proj"], ["q_proj"]):
+        trainer(lora_on(copy.deepcopy(base), *targets), tmp_path, [harmonizing], save_strategy="no").train()
+    assert len(harmonizing.reports) == 2 and len(harmonizing.reports[1].layers) == 3
+    down = "model.layers.0.mlp.down_proj"
+    tokens = grams(base, 6)[down].token_count
+    assert len(harmonizing.earlier) == 6 and harmonizing.earlier[down].token_count == 2 * tokens
+    everything = GramCollection(grams(base, 7))
+    later = callback(base, earlier=GramCollection({**everything, "vision.q_proj": everything[down]}))
+    trainer(lora_on(copy.deepcopy(base), "q_proj"), tmp_path, [later], save_strategy="no").train()
+    assert list(later.reports[0].layers) == [f"model.layers.{n}.self_attn.q_proj" for n in range(3)]
+    assert all(layer.earlier_count == 1 for layer in later.reports[0].layers.values())
+    assert set(later.earlier) == set(everything), "what the decoder does not have is left out"
+    with pytest.raises(ValueError, match=r"earlier: no Gram of model\.layers\.0\.self_attn\.k_proj, which is trained"):
+        harmonizing.before_task(lora_on(copy.deepcopy(base), "k_proj"))
+
+
+def test_resuming_asks_for_the_earlier_tasks(tmp_path):
+    """They are not in a checkpoint, and without them the task would be harmonized as if it were the first."""
+    base = tiny_models.llama()
+    first = callback(base)
+    trainer(lora(copy.deepcopy(base)), tmp_path / "first", [first], save_strategy="no").train()
+    first.save_earlier(tmp_path / "earlier.safetensors")
+    adapted = lora(copy.deepcopy(base))
+    straight, began = callback(base, earlier=tmp_path / "earlier.safetensors"), copy.deepcopy(adapted)
+    trainer(adapted, tmp_path / "second", [straight], seed=9).train()
+    checkpoint = tmp_path / "second" / "checkpoint-2"
+    run = trainer(copy.deepcopy(began), tmp_path / "second", [callback(base)], seed=9)
+    with pytest.raises(ValueError, match="earlier: the training goes on from a checkpoint of a run that protected"):
+        run.train(resume_from_checkpoint=str(checkpoint))
+    for more, count in (({"earlier": tmp_path / "earlier.safetensors"}, 1), ({"protect_earlier": False}, 0)):
+        resumed = callback(base, **more)
+        model = copy.deepcopy(began)
+        trainer(model, tmp_path / "second", [resumed], seed=9).train(resume_from_checkpoint=str(checkpoint))
+        assert {layer.earlier_count for layer in resumed.reports[0].layers.values()} == {count}
+        if count:
+            tiny_models.assert_unchanged(model, tiny_models.snapshot(adapted))
+            assert resumed.reports[0].to_dict() == straight.reports[0].to_dict()
+
+
+def test_evaluation_beside_it(tmp_path):
+    """Only the end of a training is the end of a task, and the model is left in the mode in which it was."""
+    base = tiny_models.llama()
+    adapted, harmonizing = lora(copy.deepcopy(base)), callback(base)
+    run = trainer(adapted, tmp_path, [harmonizing], save_strategy="no")
+    run.args.eval_strategy, run.args.eval_steps, run.eval_dataset = "steps", 2, run.train_dataset
+    run.train()
+    assert len(harmonizing.reports) == 1
+    after = tiny_models.snapshot(adapted)
+    run.evaluate()
+    run.predict(run.train_dataset)
+    tiny_models.assert_unchanged(adapted, after)
+    assert len(harmonizing.reports) == 1
+    for mode in (True, False):
+        adapted.train(mode)
+        harmonizing.before_task(adapted)
+        assert adapted.training == mode
+        harmonizing.after_task(adapted)
+        assert adapted.training == mode

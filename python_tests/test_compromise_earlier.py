@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from compromise_oracle import activations, gram
 
 import hpa_ext
-from hpa_ext import CompromiseConfig, Gram, GramFile, NumericalError, save_grams
+from hpa_ext import CompromiseConfig, Gram, GramDiagonal, GramFile, NumericalError, save_grams
 from hpa_ext.cli.main import main
 from hpa_ext.compromise import add_task_, sum_gram_files, sum_of_tasks
+from hpa_ext.compromise.gram_sources import GramSources
 from hpa_ext.gram import GramCollection
 
 WIDTH = 14
@@ -91,12 +94,23 @@ def test_what_does_not_fit(tmp_path):
     for bad, error, message in (
         (GramCollection(q=good["q"]), ValueError, "down: no Gram in task"),
         (task(2) | {"more": good["q"]}, ValueError, "more: no Gram in earlier"),
-        (task(2, width=8), ValueError, r"q: grams\[1\]: expected 14 features on cpu like the first one, got 8"),
-        (GramCollection({**task(2), "q": Gram(WIDTH)}), ValueError, "q: the Gram has counted no tokens"),
-        (GramCollection({**task(2), "q": good["q"].matrix()}), TypeError, r"q: grams\[1\]: expected a Gram, got"),
+        (task(2, width=8), ValueError, r"q: expected a Gram of 14 features in task, got 8"),
+        (GramCollection({**task(2), "q": Gram(WIDTH)}), ValueError, "q: its Gram in task has counted no tokens"),
+        (GramCollection({**task(2), "q": good["q"].matrix()}), TypeError, "q: expected a Gram in task, got a matrix"),
+        (GramCollection({**task(2), "down": Gram(28)}), ValueError, "down: its Gram in task has counted no tokens"),
+    ):
+        earlier = GramCollection(good)
+        with pytest.raises(error, match=message):
+            add_task_(earlier, bad)
+        assert all(earlier[name] is good[name] for name in good), "nothing was added before it was refused"
+    for bad, error, message in (
+        (GramCollection(q=Gram(WIDTH)), ValueError, "q: its Gram in task has counted no tokens"),
+        ({"q": GramDiagonal.of(good["q"])}, TypeError, "q: task: a GramDiagonal holds the diagonal"),
     ):
         with pytest.raises(error, match=message):
-            add_task_(GramCollection(good), bad)
+            add_task_(GramCollection(), bad)
+    with pytest.raises(ValueError, match=r"grams\[1\]: expected 14 features on cpu like the first one, got 8"):
+        sum_of_tasks([good["q"], task(2, width=8)["q"]])
     with pytest.raises(TypeError, match="earlier: expected a GramCollection, got dict"):
         add_task_({}, good)
     with pytest.raises(ValueError, match="grams: expected at least one"):
@@ -116,3 +130,25 @@ def test_what_does_not_fit(tmp_path):
         with pytest.raises(error, match=message):
             sum_gram_files(files, tmp_path / "out.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_task_does_not_count_twice(tmp_path):
+    """Named twice, copied, or within a sum."""
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths):
+        save_grams(task(number + 1), path)
+    shutil.copy(paths[0], tmp_path / "copy.safetensors")
+    sum_gram_files(paths[:2], tmp_path / "sum.safetensors").close()
+    sum_gram_files([tmp_path / "sum.safetensors", paths[2]], tmp_path / "all.safetensors").close()
+    for files in (
+        [paths[0], paths[0]],
+        [paths[0], tmp_path / "copy.safetensors"],
+        [tmp_path / "sum.safetensors", paths[1]],
+        [paths[0], tmp_path / "all.safetensors"],
+    ):
+        message = f"{files[1].name}: holds a task that is in .*{files[0].name} already, and would count twice"
+        with pytest.raises(ValueError, match=message):
+            sum_gram_files(files, tmp_path / "out.safetensors")
+        with pytest.raises(ValueError, match=message):
+            GramSources.open(paths[2], paths[2], files)
+        assert not (tmp_path / "out.safetensors").exists()

@@ -94,7 +94,7 @@ def harmonize_adapter(
             'harmonize_checkpoint(..., output="adapter")'
         )
     config = checked_config(config)
-    inputs = input_paths(out, [], adapter=adapter)
+    inputs = input_paths(out, [], adapter=adapter) + directories_of(base)
     device = usable_device(device)
     out = Path(out)
     if not resume:
@@ -115,7 +115,9 @@ def harmonize_adapter(
             with begin_output(out, who, resume=resume, inputs=[*inputs, *grams.paths()]) as journal:
                 reports = job.write(partial, journal, bar)
                 report = job.report(reports)
-                write_manifest(partial, who, {**report.to_dict(), "layers": [r.to_dict() for r in reports.values()]})
+                write_manifest(
+                    partial, who, {**report.to_dict(), "layers": [r.to_dict() for r in report.layers.values()]}
+                )
                 publish(partial, out, journal)
         except KeyboardInterrupt as error:
             raise Interrupted(
@@ -126,6 +128,11 @@ def harmonize_adapter(
         return report
     finally:
         source.close()
+
+
+def directories_of(base: BaseModel | None) -> list[str]:
+    """The base's directory, which the output must not lie in, where it is given as one."""
+    return [os.fspath(base)] if isinstance(base, (str, os.PathLike)) else []
 
 
 @dataclass

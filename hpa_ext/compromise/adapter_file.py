@@ -129,7 +129,10 @@ class AdapterFile:
         if modules is None:
             chosen = [name for name in self.modules if name in anywhere]
         elif isinstance(modules, (str, re.Pattern)):
-            pattern = re.compile(modules)
+            try:
+                pattern = re.compile(modules)
+            except re.error as error:
+                raise ValueError(f"modules: not a regular expression: {modules!r} ({error})") from error
             chosen = [name for name in self.modules if pattern.fullmatch(name)]
         else:
             wanted = list(modules)
@@ -205,7 +208,7 @@ class AdapterFile:
         for name, module in self.modules.items():
             if name not in names:
                 continue
-            if "magnitude" in module.entries:
+            if "magnitude" in module.entries or self.config.get("use_dora"):
                 raise CheckpointError(f"{self.directory}: {name} has DoRA (use_dora): {_DENSE}")
             if "b_bias" in module.entries:
                 raise CheckpointError(

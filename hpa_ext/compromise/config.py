@@ -12,6 +12,9 @@ from hpa_ext.ops.inverse_diagonal import RESCUES
 DEFAULT_BUDGET = 0.1
 """Share of tuning's change on the safety set that is left when neither a strength nor a budget is given."""
 
+LARGEST = 1e30
+"""Of every setting: float32 takes no more than 3.4e38, and far below that the old weight is the answer."""
+
 DEFAULT_EARLIER_STRENGTH = 1.0
 """nu, for the Grams of earlier tasks: each of them counts as much as the new task."""
 
@@ -35,7 +38,8 @@ class CompromiseConfig:
             budget, too, which bounds the change on the safety set alone.
         tolerance: how far below its budget a linear may end, as a share of the budget; in (0, 1).
         rescue: what may be done when float32 does not suffice: "damping" (float64, then ten times more damping at a
-            time up to 1), "precision" (float64 alone) or "none". What was done is in the report.
+            time up to 1; where `safety_damping` is 0 and `damping` is not, that side's is raised first, from 1e-6 on),
+            "precision" (float64 alone) or "none". What was done is in the report.
     """
 
     strength: float | None = None
@@ -61,6 +65,8 @@ class CompromiseConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name}: expected a finite number, at least 0, got {value!r}")
+            if value > LARGEST:
+                raise ValueError(f"{name}: expected at most {LARGEST:g}, got {value!r}")
         if self.budget is not None and self.budget > 1:
             raise ValueError(f"budget: expected a share in [0, 1], got {self.budget!r}")
         if not 0 < self.tolerance < 1:

@@ -17,6 +17,7 @@ import torch
 from hpa_ext.checkpoints.files import fsync_path
 from hpa_ext.checkpoints.gram_file import GramFile, check_gram_path
 from hpa_ext.checkpoints.gram_writer import GramWriter, header_room
+from hpa_ext.compromise.gram_sources import GramSources, refuse_repeated_tasks
 from hpa_ext.compromise.grams import check_full_gram
 from hpa_ext.errors import NumericalError
 from hpa_ext.gram import Gram, GramCollection
@@ -56,12 +57,16 @@ def add_task_(earlier: GramCollection, task: Mapping[str, Gram]) -> GramCollecti
         task: Grams of the same modules; may share inputs otherwise.
 
     Raises:
-        TypeError, ValueError, NumericalError: other modules, and as `sum_of_tasks`; nothing is then added but, where a
-            value is not finite, to the modules before.
+        TypeError, ValueError: other modules or widths, no whole Gram, one that has counted no tokens. Nothing is added.
+        NumericalError: an activation was not finite. Nothing is added but to the modules before.
     """
     if not isinstance(earlier, GramCollection):
         raise TypeError(f"earlier: expected a GramCollection, got {type(earlier).__name__}")
     names = list(task)
+    width_of = task.in_features if isinstance(task, GramFile) else lambda name: getattr(task[name], "in_features", 0)
+    GramSources({"task": task}).check(
+        {name: earlier[name].in_features if name in earlier else width_of(name) for name in names}
+    )
     if not earlier:
         for name, leader in leaders(task, names).items():
             earlier[name] = task[name] if leader == name else earlier[leader]
@@ -84,7 +89,8 @@ def sum_gram_files(files: Sequence[str | os.PathLike[str]], out: str | os.PathLi
 
     Raises:
         FileExistsError: `out` is there.
-        TypeError, ValueError: fewer than two files, diagonals, other modules or widths, a Gram without tokens.
+        TypeError, ValueError: fewer than two files, diagonals, other modules or widths, a Gram without tokens, a task
+            that is in two of them.
         OSError, CheckpointError: a file cannot be read or written.
 
     The file is complete or not there: it is written under another name, synced and renamed.
@@ -102,6 +108,7 @@ def sum_gram_files(files: Sequence[str | os.PathLike[str]], out: str | os.PathLi
             if file.form != "triangle":
                 raise TypeError(f"{file.path}: holds diagonals of inverses; expected whole Grams (without --reduce)")
             _check_names(str(file.path), list(file), str(opened[0].path), names)
+        refuse_repeated_tasks(opened)
         provenance = {"sum_of_tasks": [_origin(file) for file in opened]}
         with GramWriter(partial, "triangle", header_room(names, provenance)) as writer:
             for group in _groups(opened, names):

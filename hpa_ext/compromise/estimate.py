@@ -15,6 +15,7 @@ import torch
 from hpa_ext.checkpoints.files import free_bytes
 from hpa_ext.checkpoints.gram_file import GramFile
 from hpa_ext.checkpoints.output import check_output, partial_directory
+from hpa_ext.compromise.adapter import directories_of
 from hpa_ext.compromise.adapter_file import AdapterFile, BaseModel
 from hpa_ext.compromise.checkpoint import prepare
 from hpa_ext.compromise.config import CompromiseConfig
@@ -102,7 +103,8 @@ def plan_adapter(
     device: torch.device | str = "cpu",
 ) -> CheckpointPlan:
     """What `harmonize_adapter` with the same arguments would cost; see `plan_checkpoint`."""
-    config, inputs, device = checked_config(config), input_paths(out, [], adapter=adapter), usable_device(device)
+    config, device = checked_config(config), usable_device(device)
+    inputs = input_paths(out, [], adapter=adapter) + directories_of(base)
     check_output(out, inputs)
     source = AdapterFile(adapter, base)
     try:

@@ -20,6 +20,12 @@ SMALLEST_FLOAT32_PIVOT = 1e-3
 _DAMPING_STEP = 10.0
 _LARGEST_DAMPING = 1.0
 _FIRST_DAMPING_OF_NONE = 1e-4
+_FIRST_PROTECTED_DAMPING = 1e-6  # covers the rounding of a float32 Gram, which a large strength multiplies
+
+# Measured with undamped safety Grams of 12 tokens, a width of 64 and strengths of 1e3 to 1e8: float32, in which Grams
+# are summed, makes an error of 2e-7 / (smallest squared pivot). Below this one it is as large as the update. A damping
+# of 0.01, which is relative to the mean of the diagonal, keeps pivots above 0.01 / in_features.
+_SMALLEST_PIVOT = 4 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -70,13 +76,19 @@ def factorize(grams: CompromiseGrams, strength: float, config: CompromiseConfig)
         return factor
     dampings = [used] if rescue != "none" and grams.dtype != torch.float64 else []
     if rescue == "damping":
+        if asked[1] == 0 < asked[0]:
+            # Projection was asked for. As much damping as the task's, times a large strength, would undo the update.
+            more = _FIRST_PROTECTED_DAMPING
+            while more < asked[0]:
+                dampings.append((asked[0], more))
+                more *= _DAMPING_STEP
         more = max(used) * _DAMPING_STEP or _FIRST_DAMPING_OF_NONE
         while more <= _LARGEST_DAMPING:
             dampings.append((max(more, asked[0]), max(more, asked[1])))
             more *= _DAMPING_STEP
     for used in dampings:
-        factor, minor, _ = _attempt(grams, weights, used, torch.float64)
-        if factor is not None:
+        factor, minor, pivot = _attempt(grams, weights, used, torch.float64)
+        if factor is not None and (pivot >= _SMALLEST_PIVOT or rescue == "precision" or used is dampings[-1]):
             if used == asked:
                 return factor
             return replace(factor, rescued=True)

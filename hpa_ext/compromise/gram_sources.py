@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -29,11 +30,15 @@ class GramSources:
 
     @classmethod
     def open(cls, safety: GramSource, task: GramSource, earlier: Sequence[GramSource]) -> GramSources:
-        """Open what is a path. Raises TypeError, and what `GramFile` raises."""
+        """Open what is a path. Raises TypeError, ValueError for a task that is in two files of `earlier`, and what
+        `GramFile` raises.
+        """
         if isinstance(earlier, (str, Mapping)) or not isinstance(earlier, Sequence):
             raise TypeError(f"earlier: expected a sequence of Gram files or mappings, got {type(earlier).__name__}")
         given = {"safety": safety, "task": task} | {f"earlier[{i}]": grams for i, grams in enumerate(earlier)}
-        return cls({argument: open_grams(argument, grams) for argument, grams in given.items()})
+        opened = {argument: open_grams(argument, grams) for argument, grams in given.items()}
+        refuse_repeated_tasks(grams for argument, grams in opened.items() if argument.startswith("earlier"))
+        return cls(opened)
 
     @property
     def earlier_count(self) -> int:
@@ -100,6 +105,25 @@ class GramSources:
     def paths(self) -> list[str]:
         """The files among them."""
         return [str(grams.path) for grams in self.mappings.values() if isinstance(grams, GramFile)]
+
+
+def refuse_repeated_tasks(sources: Iterable[Mapping[str, Gram]]) -> None:
+    """Raise ValueError where a Gram file holds a task that an earlier one holds, for it would count twice."""
+    holder: dict[str, str] = {}
+    for file in sources:
+        if isinstance(file, GramFile):
+            for task in _tasks_in({"fingerprint": file.fingerprint(), "provenance": file.provenance}):
+                if task in holder:
+                    raise ValueError(
+                        f"{file.path}: holds a task that is in {holder[task]} already, and would count twice"
+                    )
+                holder[task] = str(file.path)
+
+
+def _tasks_in(origin: Mapping[str, Any]) -> set[str]:
+    """Fingerprints of the tasks that a file is the sum of, of a single task its own."""
+    parts = origin["provenance"].get("sum_of_tasks")
+    return set().union(*map(_tasks_in, parts)) if parts else {origin["fingerprint"]}
 
 
 def _taken(grams: Mapping[str, Gram], name: str) -> Gram:

@@ -141,6 +141,9 @@ def _matrix(name: str, gram: Any, in_features: int, device: torch.device, move: 
             check_symmetric(matrix[None])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    if mean_diagonal(matrix) <= 0:
+    mean = mean_diagonal(matrix)
+    if mean < 0:
+        raise NumericalError(f"{name}: expected a Gram of activations, got a matrix with a diagonal of mean {mean:.3g}")
+    if mean == 0:
         raise NumericalError(f"{name}: the matrix is zero: no activation reached it")
     return matrix

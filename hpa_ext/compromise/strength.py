@@ -11,6 +11,7 @@ _LARGEST_STEP = math.log(100.0)
 _MOST_EVALUATIONS = 60
 _PATIENCE = 8
 _CLOSEST = 1e-9
+_LARGEST = 1e37  # what a float32 matrix can be multiplied by
 
 
 def find_strength(
@@ -23,7 +24,8 @@ def find_strength(
         budget: in (0, 1).
         start: where to begin, positive; the answer for a similar layer saves evaluations.
         tolerance: in (0, 1).
-        scale: the strength at which both sides weigh alike; answers are looked for within 1e-12 to 1e12 of it.
+        scale: the strength at which both sides weigh alike; answers are looked for within 1e-12 to 1e12 of it,
+            and not above 1e37.
 
     Returns:
         The strength. Where the share jumps over the budget, the smallest one found that holds it.
@@ -39,7 +41,8 @@ def find_strength(
     """
     aim = _logit(budget * (1 - tolerance / 2))
     highest = budget * (1 - tolerance / 100)  # so that what rounds otherwise in the end still holds the budget
-    least, most = math.log(scale) - math.log(1e12), math.log(scale) + math.log(1e12)
+    most = min(math.log(scale) + math.log(1e12), math.log(_LARGEST))
+    least = min(math.log(scale) - math.log(1e12), most)
     x = min(max(math.log(start), least), most)
     above: tuple[float, float] | None = None  # the largest strength known to exceed the budget, and aim - logit
     below: tuple[float, float] | None = None  # the smallest one known to hold it

@@ -68,9 +68,10 @@ class HarmonizeCallback(TrainerCallback):
         earlier: the sum of the tasks' Grams so far, by module name; empty without any.
 
     A training that resumes is recognised by its step. If the task began with LoRA that was zero (the checkpoint says
-    so), the base model is still the old one; otherwise `model_old` is needed, and asked for. Works under DDP and FSDP2
-    (accelerate's ``fsdp_version=2``); FSDP1 and DeepSpeed ZeRO-3 are refused by name. The run's random numbers are
-    left as they would be without the callback.
+    so), the base model is still the old one; otherwise `model_old` is needed, and asked for. So is `earlier` where the
+    run protected earlier tasks: `save_earlier` after each task, for a checkpoint does not hold their Grams. Works under
+    DDP and FSDP2 (accelerate's ``fsdp_version=2``); FSDP1 and DeepSpeed ZeRO-3 are refused by name. The run's random
+    numbers are left as they would be without the callback.
     """
 
     def __init__(
@@ -103,11 +104,10 @@ class HarmonizeCallback(TrainerCallback):
 
     def before_task(self, model: nn.Module, *, adapters_were_zero: bool | None = None) -> None:
         """Remember the weights and make the safety Grams, see `HarmonizedTask.begin`. Every process must call this."""
-        self._task = HarmonizedTask.begin(model, self.settings, adapters_were_zero=adapters_were_zero)
-        missing = [name for name in self._task.names if self.earlier and name not in self.earlier]
-        if missing:
-            self._task = None
-            raise ValueError(f"earlier: no Gram of {missing[0]}, which is trained")
+        self._task = None
+        self._task = HarmonizedTask.begin(
+            model, self.settings, adapters_were_zero=adapters_were_zero, earlier=self.earlier
+        )
 
     def after_task(self, model: nn.Module) -> AnyReport:
         """Harmonize the tuned model in place; the report is added to `reports`. Every process must call this."""
@@ -115,15 +115,22 @@ class HarmonizeCallback(TrainerCallback):
             raise RuntimeError("after_task: before_task was not called for this task")
         report, grams = self._task.end(model, [self.earlier] if self.earlier else [])
         self._task = None
-        if self.protect_earlier:
-            add_task_(self.earlier, grams)
         self.reports.append(report)
+        if self.protect_earlier:
+            self._add_to_earlier(grams)
         if hasattr(without_data_parallel(model), "get_base_model"):
             logger.warning(
                 "the harmonized weights are in the base layers and the adapter adds nothing any more: an adapter saved "
                 "now would lose the step; save model.merge_and_unload()"
             )
         return report
+
+    def _add_to_earlier(self, grams: Mapping[str, Gram]) -> None:
+        foreign = [name for name in self.earlier if name not in grams]
+        if foreign:
+            logger.warning("earlier: left out, for the decoder has no such linear: %s", ", ".join(foreign))
+            self.earlier = GramCollection({name: gram for name, gram in self.earlier.items() if name in grams})
+        add_task_(self.earlier, grams)
 
     def save_earlier(self, path: str | os.PathLike[str]) -> None:
         """Write the sum of the tasks' Grams so far as a Gram file, for `earlier` of a later run, or ``--earlier``.
@@ -148,8 +155,16 @@ class HarmonizeCallback(TrainerCallback):
             logger.warning("the training of this task starts again: what was remembered of the model stays in use")
             return
         kept = (state.stateful_callbacks or {}).get(STATE_KEY, {}).get("attributes", {})
+        if resumes and kept.get("protected_earlier") and self.protect_earlier and not self.earlier:
+            raise ValueError(
+                "earlier: the training goes on from a checkpoint of a run that protected earlier tasks; a checkpoint "
+                "does not hold their Grams; give earlier, the file that save_earlier wrote after the task before"
+            )
         self.before_task(model, adapters_were_zero=bool(kept.get("adapters_were_zero")) if resumes else None)
-        entry = {"args": {}, "attributes": {"adapters_were_zero": self._task.old is None}}
+        attributes = {"adapters_were_zero": self._task.old is None}
+        if self.earlier:
+            attributes["protected_earlier"] = True
+        entry = {"args": {}, "attributes": attributes}
         state.stateful_callbacks = {**(state.stateful_callbacks or {}), STATE_KEY: entry}
 
     def on_train_end(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hpa_ext.agreement import Agreement
 from hpa_ext.calibration import calibrate
 from hpa_ext.compromise import CompromiseConfig
-from hpa_ext.compromise.grams import check_full_gram
+from hpa_ext.compromise.gram_sources import GramSources
 from hpa_ext.compromise.layer import refuse_sharded
 from hpa_ext.gram import Gram
 from hpa_ext.gram_diagonal import AnyGram
@@ -87,7 +87,12 @@ class HarmonizedTask:
 
     @classmethod
     def begin(
-        cls, model: nn.Module, settings: TaskSettings, *, adapters_were_zero: bool | None = None
+        cls,
+        model: nn.Module,
+        settings: TaskSettings,
+        *,
+        adapters_were_zero: bool | None = None,
+        earlier: Mapping[str, Gram] | None = None,
     ) -> HarmonizedTask:
         """Remember what the task will change, and make the safety Grams. Every process must call this.
 
@@ -96,10 +101,12 @@ class HarmonizedTask:
             settings: see there.
             adapters_were_zero: for a task that goes on from a checkpoint, whether it began with LoRA whose B was zero
                 on weights that are not trained. None: it begins here.
+            earlier: Grams of earlier tasks that `end` will be called with: refused here if they do not fit.
 
         Raises:
             ValueError: no covered linear is trained; an adapter is no plain LoRA; the model is under FSDP1 or ZeRO-3;
-                the task goes on, and what was before is not known.
+                the task goes on, and what was before is not known; Grams that are given do not fit the linears.
+            TypeError: they are not whole ones, and the method takes such.
         """
         refuse_other_sharding("model", model)
         reshard(model)
@@ -114,6 +121,8 @@ class HarmonizedTask:
             if settings.takes_whole_grams:
                 for name, linear in linears.items():
                     refuse_sharded(f"{name}: model", linear.base_weight())
+                # Now, and not when all steps are done.
+                _check_given({"safety": settings.safety, "earlier": earlier}, linears)
         names = list(linears)
         is_base = adapters_were_zero
         if is_base is None:
@@ -139,10 +148,13 @@ class HarmonizedTask:
             earlier: Grams of earlier tasks, for a method that takes them.
 
         Returns:
-            The report, and the task's Grams: whole ones if the method takes such.
+            The report, and the task's Grams: whole ones if the method takes such, then also of the decoder's other
+            linears that `earlier` has.
         """
         settings = self.settings
-        task = _grams(model, settings.task, self.names, settings)
+        # Earlier tasks may have trained more linears than this one: their sum goes on for all of them.
+        others = [name for name in find_linears(model) if any(name in grams for grams in earlier)]
+        task = _grams(model, settings.task, list(dict.fromkeys([*self.names, *others])), settings)
         reshard(model)
         linears = find_linears(model, self.names)
         safety, used, *others = (
@@ -166,7 +178,6 @@ def _grams(
         if missing:
             raise ValueError(f"safety: no Gram of {missing[0]}, which is trained")
         if settings.takes_whole_grams:
-            check_full_gram(f"{names[0]}: safety", batches[names[0]])  # before the training, not after it
             return batches
         return {name: batches[name] for name in names}
     found: dict[str, AnyGram] = {}
@@ -180,6 +191,16 @@ def _grams(
             return grams
         found.update(reduce_grams(grams, settings.config.damping, rescue=settings.config.rescue))
     return found
+
+
+def _check_given(given: Mapping[str, Any], linears: dict[str, Linear]) -> None:
+    """Refuse whole Grams by argument that are not there, not whole, empty, or of another width than these linears."""
+    for argument, grams in given.items():
+        if isinstance(grams, Mapping) and grams:
+            missing = [name for name in linears if name not in grams]
+            if missing:
+                raise ValueError(f"{argument}: no Gram of {missing[0]}, which is trained")
+            GramSources({argument: grams}).check({n: linear.base_weight().shape[1] for n, linear in linears.items()})
 
 
 def _check_batches(argument: str, batches: object) -> None:
