@@ -13,10 +13,11 @@ constexpr std::int64_t kSamplesPerLaunch = 24;
 // Whether the current device and this build have the kernel.
 Status wgmma_available();
 
-// Whether the samples, none of them empty, can be described to the tensor memory accelerator.
+// Whether the samples, none of them empty, are of one dtype and, if not float32, which is copied, can be described to
+// the tensor memory accelerator.
 bool wgmma_takes(const GramSample* samples, std::int64_t count);
 
-// Of one launch: up to kSamplesPerLaunch samples that wgmma_takes, of one dtype and width.
+// Of one group: up to kSamplesPerLaunch samples that wgmma_takes, of one dtype and width.
 std::size_t wgmma_workspace_bytes(const GramSample* samples, std::int64_t count);
 Status wgmma_accumulate(const GramSample* samples, std::int64_t count, float* gram, std::int64_t gram_stride,
                         void* workspace, Stream stream);

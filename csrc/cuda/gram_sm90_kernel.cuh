@@ -1,7 +1,7 @@
-// The device side of gram_sm90.cu: one kernel. A block stays on its multiprocessor and takes every gridDim-th tile. One
-// thread copies; two warpgroups compute, each a tile of its own, in turns: while one adds its sums to G, the other has
-// the tensor cores. Both operands are x itself, [tokens, in], contiguous along the outputs, which wgmma reads from
-// shared memory as it lies. docs/kernels.md says why it is cut this way.
+// The device side of gram_sm90.cu: the kernel that multiplies. A block stays on its multiprocessor and takes every
+// gridDim-th tile. One thread copies; two warpgroups compute, each a tile of its own, in turns: while one adds its sums
+// to G, the other has the tensor cores. Both operands are x itself, [tokens, in], contiguous along the outputs, which
+// wgmma reads from shared memory as it lies. docs/kernels.md says why it is cut this way.
 #pragma once
 
 #include <cstdint>
@@ -29,11 +29,15 @@ constexpr int kWarpgroup = 128;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // 65536 in all, in steps of 8
 static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 65536, "registers of a block");
-constexpr int kFlushStages = static_cast<int>(kFlushTokens / kStageTokens);
+
+// What is multiplied is a Source: x as it lies (Samples), or the parts of a float32 x (Planes, gram_sm90_split.cuh).
+// kFlushStages: stages between two flushes; kProducts: how often each stage's tokens are gone through between them.
 
 // A kernel parameter: tensor maps must lie in constant or parameter memory. Sample s owns the stages from
 // first_stage[s] up to first_stage[s + 1].
 struct Samples {
+  static constexpr int kFlushStages = static_cast<int>(kFlushTokens / kStageTokens), kProducts = 1;
+
   CUtensorMap maps[kSamplesPerLaunch];
   const std::uint8_t* masks[kSamplesPerLaunch];  // [tokens] or null
   int tokens[kSamplesPerLaunch];
@@ -125,53 +129,67 @@ struct Cursor {
   }
 };
 
-// What one warpgroup does in its turn: stages [begin, end) of a tile, `chunk` many flushes into its split.
+// What one warpgroup does in its turn: stages [begin, end) of a tile, all of them kProducts times, `chunk` many flushes
+// into its split.
 struct Turn {
   int tile, split, begin, end, chunk;
 };
 
 // Calls use(turn, consumer) for all turns of this block, in the order of their stages in the ring. The warpgroups
 // alternate strictly; where one has no work left, its turn has no stages.
-template <class Use>
+template <class Source, class Use>
 __device__ __forceinline__ void for_each_turn(const Job& job, Use&& use) {
   const int items = job.tiles * job.splits;
   const int blocks = static_cast<int>(gridDim.x);
   for (int first = static_cast<int>(blockIdx.x); first < items; first += kConsumers * blocks) {
-    for (int chunk = 0; chunk * kFlushStages < job.stages_per_split; ++chunk) {
+    for (int chunk = 0; chunk * Source::kFlushStages < job.stages_per_split; ++chunk) {
       for (int consumer = 0; consumer < kConsumers; ++consumer) {
         const int item = first + consumer * blocks, split = item / job.tiles;
-        const int begin = split * job.stages_per_split + chunk * kFlushStages;
+        const int begin = split * job.stages_per_split + chunk * Source::kFlushStages;
         const int split_end = smaller(job.stages, (split + 1) * job.stages_per_split);
-        const int end = item < items ? larger(begin, smaller(split_end, begin + kFlushStages)) : begin;
+        const int end = item < items ? larger(begin, smaller(split_end, begin + Source::kFlushStages)) : begin;
         use(Turn{item - split * job.tiles, split, begin, end, chunk}, consumer);
       }
     }
   }
 }
 
+// Copies two panels, or one where they are the same, into the ring as its next stage: the tile's rows of x from
+// left_token on, and its columns from right_token on.
+__device__ __forceinline__ void copy_stage(const Ring& ring, Place& place, const CUtensorMap* map,
+                                           const TilePlace& tile, bool same, int left_token, int right_token) {
+  const ptx::SharedAddress full = ring.full(place.slot);
+  ptx::barrier_wait(ring.empty(place.slot), place.phase ^ 1);
+  ptx::barrier_arrive_expecting(full, same ? kPanelBytes : kStageBytes);
+  ptx::SharedAddress target = ring.stage(place.slot);
+#pragma unroll
+  for (int atom = 0; atom < 2; ++atom, target += kAtomBytes) {
+    ptx::copy_box(target, map, full, tile.row * kTile + atom * kAtomColumns, left_token);
+  }
+  if (!same) {
+#pragma unroll
+    for (int atom = 0; atom < 2; ++atom, target += kAtomBytes) {
+      ptx::copy_box(target, map, full, tile.column * kTile + atom * kAtomColumns, right_token);
+    }
+  }
+  place.advance();
+}
+
+// Whether both panels of a tile are the same in every stage, and so there once.
+template <class Source>
+__device__ __forceinline__ bool one_panel(const TilePlace& tile) {
+  return Source::kProducts == 1 && tile.row == tile.column;
+}
+
 // The copying thread.
 __device__ __forceinline__ void produce(const Samples& samples, const Job& job, const Ring& ring) {
   Place place;
-  for_each_turn(job, [&](const Turn& turn, int) {
+  for_each_turn<Samples>(job, [&](const Turn& turn, int) {
     const TilePlace tile = banded_place(turn.tile, job.side);
-    const bool same = tile.row == tile.column;  // then the panel is there once
     Cursor cursor;
-    for (int stage = turn.begin; stage < turn.end; ++stage, place.advance()) {
+    for (int stage = turn.begin; stage < turn.end; ++stage) {
       const int token = cursor.first_token(samples, stage);
-      const CUtensorMap* const map = &samples.maps[cursor.sample];
-      const ptx::SharedAddress full = ring.full(place.slot);
-      ptx::barrier_wait(ring.empty(place.slot), place.phase ^ 1);
-      ptx::barrier_arrive_expecting(full, same ? kPanelBytes : kStageBytes);
-      ptx::SharedAddress target = ring.stage(place.slot);
-#pragma unroll
-      for (int atom = 0; atom < 2; ++atom, target += kAtomBytes) {
-        ptx::copy_box(target, map, full, tile.row * kTile + atom * kAtomColumns, token);
-      }
-      if (same) continue;
-#pragma unroll
-      for (int atom = 0; atom < 2; ++atom, target += kAtomBytes) {
-        ptx::copy_box(target, map, full, tile.column * kTile + atom * kAtomColumns, token);
-      }
+      copy_stage(ring, place, &samples.maps[cursor.sample], tile, one_panel<Samples>(tile), token, token);
     }
   });
 }
@@ -212,14 +230,15 @@ __device__ __forceinline__ void clear_rows(ptx::SharedAddress stage, bool same, 
 }
 
 // A warpgroup that computes.
-template <class T, bool kMasked>
-__device__ __forceinline__ void consume(const Samples& samples, const Job& job, const Ring& ring, int consumer) {
+template <class T, bool kMasked, class Source>
+__device__ __forceinline__ void consume(const Source& source, const Job& job, const Ring& ring, int consumer) {
   Place place;
   WarpgroupTile tile;
   unsigned turns = 0;  // of this warpgroup
-  for_each_turn(job, [&](const Turn& turn, int whose) {
+  for_each_turn<Source>(job, [&](const Turn& turn, int whose) {
+    const int stages = (turn.end - turn.begin) * Source::kProducts;
     if (whose != consumer) {
-      place.skip(turn.end - turn.begin);
+      place.skip(stages);
       return;
     }
     // The first warpgroup has the first turn: nobody passes it on.
@@ -227,27 +246,27 @@ __device__ __forceinline__ void consume(const Samples& samples, const Job& job, 
     const auto pass_on = [&] {
       if (threadIdx.x % kWarp == 0) ptx::barrier_arrive(ring.turn(1 - consumer));
     };
-    if (turn.begin == turn.end) return pass_on();
+    if (stages == 0) return pass_on();
     const TilePlace at = banded_place(turn.tile, job.side);
-    const bool same = at.row == at.column;
+    const bool same = one_panel<Source>(at);
     Cursor cursor;
     StageMask mask;
-    if constexpr (kMasked) mask.fetch(samples, cursor, turn.begin, turn.end);
+    if constexpr (kMasked) mask.fetch(source, cursor, turn.begin, turn.end);
     int in_use = -1;  // the slot that the products under way read
     const auto release = [&] {
       if (in_use >= 0 && threadIdx.x % kWarp == 0) ptx::barrier_arrive(ring.empty(in_use));
     };
     tile.clear();
-    for (int stage = turn.begin; stage < turn.end; ++stage, place.advance()) {
+    for (int stage = 0; stage < stages; ++stage, place.advance()) {
       const ptx::SharedAddress left = ring.stage(place.slot), right = same ? left : left + kPanelBytes;
       unsigned kept_low = ~0u, kept_high = ~0u;
       if constexpr (kMasked) {
         kept_low = __ballot_sync(~0u, mask.own[0] != 0);
         kept_high = __ballot_sync(~0u, mask.own[1] != 0);
-        mask.fetch(samples, cursor, stage + 1, turn.end);
+        mask.fetch(source, cursor, turn.begin + stage + 1, turn.end);
       }
       ptx::barrier_wait(ring.full(place.slot), place.phase);
-      if (stage + 1 == turn.end) pass_on();
+      if (stage + 1 == stages) pass_on();
       if (kMasked && (kept_low | kept_high) == 0) {  // nothing here counts
         // Nor may the stage before be kept: after enough stages like this one the copies would wait for it for ever.
         ptx::wgmma_wait<0>();
@@ -284,8 +303,8 @@ __device__ __forceinline__ void consume(const Samples& samples, const Job& job, 
   });
 }
 
-template <class T, bool kMasked>
-__global__ void __launch_bounds__(kThreads, 1) multiply_tiles(const __grid_constant__ Samples samples, Job job) {
+template <class T, bool kMasked, class Source>
+__global__ void __launch_bounds__(kThreads, 1) multiply_tiles(const __grid_constant__ Source source, Job job) {
 #if HPA_HOPPER_CODE
   HPA_DYNAMIC_SHARED(memory);
   const Ring ring(memory);
@@ -304,13 +323,13 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_tiles(const __grid_const
   const int warpgroup = threadIdx.x / kWarpgroup;
   if (warpgroup == kConsumers) {
     ptx::lower_registers<kProducerRegisters>();
-    if (threadIdx.x == kConsumers * kWarpgroup) produce(samples, job, ring);
+    if (threadIdx.x == kConsumers * kWarpgroup) produce(source, job, ring);
   } else {
     ptx::raise_registers<kConsumerRegisters>();
-    consume<T, kMasked>(samples, job, ring, warpgroup);
+    consume<T, kMasked>(source, job, ring, warpgroup);
   }
 #else
-  (void)samples;
+  (void)source;
   (void)job;
 #endif
 }

@@ -18,7 +18,8 @@ add_library(hpa_cuda_emulation STATIC EXCLUDE_FROM_ALL
   ${CMAKE_CURRENT_SOURCE_DIR}/cuda_emulation/hopper_emulation.cpp)
 target_include_directories(hpa_cuda_emulation PUBLIC
   ${CMAKE_CURRENT_SOURCE_DIR}/.. ${CMAKE_CURRENT_SOURCE_DIR}/../include ${CMAKE_CURRENT_SOURCE_DIR}/cuda_emulation)
-target_compile_definitions(hpa_cuda_emulation PUBLIC HPA_CUDA_EMULATION HPA_GRAM_FLUSH_TOKENS=512)
+target_compile_definitions(hpa_cuda_emulation PUBLIC HPA_CUDA_EMULATION HPA_GRAM_FLUSH_TOKENS=512
+  HPA_GRAM_PLANE_BYTES=262144)
 target_compile_features(hpa_cuda_emulation PUBLIC cxx_std_20)
 target_compile_options(hpa_cuda_emulation PUBLIC -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi -ffp-contract=off)
 option(HPA_EMULATION_SANITIZE "Run the CUDA emulation tests under AddressSanitizer and UBSan" OFF)
@@ -39,7 +40,7 @@ if(HPA_EMULATED_PYTHON)
   target_link_libraries(emulated_C PRIVATE hpa_cuda_emulation hpa)
 endif()
 
-foreach(operation gram gram_sm90 inverse_diagonal column_scores column_mask project_merge routed_lora)
+foreach(operation gram gram_sm90 gram_sm90_split inverse_diagonal column_scores column_mask project_merge routed_lora)
   add_executable(cuda_emulation_${operation} ${CMAKE_CURRENT_SOURCE_DIR}/cuda_emulation/test_${operation}.cpp)
   target_link_libraries(cuda_emulation_${operation} PRIVATE hpa_cuda_emulation)
   add_test(NAME cuda_emulation_${operation} COMMAND cuda_emulation_${operation})

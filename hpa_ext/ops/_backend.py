@@ -37,7 +37,7 @@ def native_cuda(enabled: bool = True) -> Iterator[None]:
 
 
 GRAM_KERNELS = {"mma_sync": 0, "wgmma": 1}
-"""The CUDA kernels of gram: for sm_80 and up, and for compute capability 9.0 alone (16-bit, rows on 16 bytes)."""
+"""The CUDA kernels of gram: for sm_80 and up; for compute capability 9.0 alone (float32, 16-bit rows on 16 bytes)."""
 
 _default_gram_kernel = os.environ.get("HPA_EXT_GRAM_KERNEL", "mma_sync")
 _gram_kernel: ContextVar[str] = ContextVar("hpa_ext_gram_kernel", default=_default_gram_kernel)
@@ -47,9 +47,10 @@ _gram_kernel: ContextVar[str] = ContextVar("hpa_ext_gram_kernel", default=_defau
 def cuda_gram_kernel(name: str) -> Iterator[None]:
     """Within the context, gram's native CUDA calls ask for this kernel: "mma_sync" (the default) or "wgmma".
 
-    "wgmma" has not run on a GPU yet. It leaves float32 and rows that do not begin on 16-byte boundaries to "mma_sync";
-    on a device that is not of compute capability 9.0 a call raises RuntimeError. The environment variable
-    HPA_EXT_GRAM_KERNEL sets the default of a process.
+    "wgmma" has not run on a GPU yet. It splits float32 into three bfloat16, in a workspace of some 64 MB or more, and
+    leaves 16-bit rows that do not begin on 16-byte boundaries to "mma_sync"; on a device that is not of compute
+    capability 9.0 a call raises RuntimeError. The environment variable HPA_EXT_GRAM_KERNEL sets the default of a
+    process.
     """
     if name not in GRAM_KERNELS:
         raise ValueError(f"name: expected one of {', '.join(GRAM_KERNELS)}, got {name!r}")

@@ -81,7 +81,7 @@ void check_list(const char* what, std::vector<Part>& parts, std::int64_t in, int
 
 void lists() {
   const auto all = [](std::int64_t) { return true; };
-  for (DType dtype : {DType::bfloat16, DType::float16}) {
+  for (DType dtype : kDTypes) {
     std::vector<Part> parts;
     for (std::int64_t tokens : {70, 1, 64, 200, 128}) {
       parts.push_back(
@@ -94,6 +94,11 @@ void lists() {
     std::vector<Part> parts;  // two launches
     for (int i = 0; i < 30; ++i) parts.push_back(part(DType::bfloat16, 3 + i, 24, false, all));
     check_list("thirty samples", parts, 24);
+    parts.clear();
+    for (int i = 0; i < 30; ++i) {
+      parts.push_back(part(DType::float32, 3 + i, 23, i % 2 == 0, [](std::int64_t t) { return t != 2; }));
+    }
+    check_list("thirty float32 samples", parts, 23);
   }
   {
     std::vector<Part> parts;  // whole stages without a token that counts, at both ends and between
@@ -116,6 +121,9 @@ void lists() {
     parts.clear();
     parts.push_back(part(DType::bfloat16, 520, 264, true, [](std::int64_t t) { return t % 3 != 0; }));
     check_list("several masked tiles a block", parts, 264, 4);
+    parts.clear();
+    parts.push_back(part(DType::float32, 200, 264, true, [](std::int64_t t) { return t % 3 != 0; }));
+    check_list("several float32 tiles a block", parts, 264, 4);
   }
 }
 
@@ -144,7 +152,7 @@ void order_of_tiles() {
 void what_it_takes() {
   GuardedMatrix x(DType::bfloat16, 65, 24, 24), shifted(DType::bfloat16, 65, 24, 24, 1),
       narrow(DType::bfloat16, 65, 24, 25);
-  GuardedMatrix single(DType::float32, 65, 24, 24);
+  GuardedMatrix single(DType::float32, 65, 23, 25, 1);
   const auto kernel_of = [](GuardedMatrix& m, GramKernel wanted) {
     const GramSample sample{m.view(), nullptr};
     return hpa::cuda::gram_kernel_of(&sample, 1, wanted);
@@ -153,7 +161,10 @@ void what_it_takes() {
   CHECK(kernel_of(x, GramKernel::mma_sync) == GramKernel::mma_sync, "not asked for");
   CHECK(kernel_of(shifted, GramKernel::wgmma) == GramKernel::mma_sync, "an odd start");
   CHECK(kernel_of(narrow, GramKernel::wgmma) == GramKernel::mma_sync, "an odd stride");
-  CHECK(kernel_of(single, GramKernel::wgmma) == GramKernel::mma_sync, "float32");
+  CHECK(kernel_of(single, GramKernel::wgmma) == GramKernel::wgmma, "float32, whatever its alignment");
+  CHECK(kernel_of(single, GramKernel::mma_sync) == GramKernel::mma_sync, "float32, not asked for");
+  const GramSample mixed[] = {{single.view(), nullptr}, {x.view(), nullptr}};
+  CHECK(hpa::cuda::gram_kernel_of(mixed, 2, GramKernel::wgmma) == GramKernel::mma_sync, "two dtypes");
 
   x.fill_normal();
   std::vector<float> gram(24 * 24);
