@@ -213,6 +213,11 @@ def test_a_malformed_method_is_refused(options, message: str) -> None:
         Method(**{"name": "a", "title": "A", "kind": "training", "function": lambda: None, "source": ""} | options)
 
 
+def test_a_method_cannot_need_what_nobody_gives() -> None:
+    with pytest.raises(ValueError, match=r"needs: expected some of alignment, .*, got 'earlier'"):
+        Method("own", "Own", "post-training", lambda old, new, layer: new, "a test", needs=("earlier",))
+
+
 def test_a_name_belongs_to_one_method() -> None:
     with pytest.raises(ValueError, match="registered already"):
         register(Method("hpa", "Other", "post-training", lambda old, new, layer: new, ""))

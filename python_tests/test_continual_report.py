@@ -14,6 +14,7 @@ from matplotlib.text import Text
 
 from hpa_ext.reporting.continual import main_table, write_report, write_tables
 from hpa_ext.reporting.continual_pairs import Difference, differences
+from hpa_ext.reporting.continual_plots import trade_off
 from hpa_ext.reporting.continual_tables import cell, markdown, paired_table, summaries, summary_lines, tuning_lines
 from hpa_ext.reporting.continual_verdict import front, verdict
 from hpa_ext.reporting.labels import Label, place_labels
@@ -94,6 +95,17 @@ def test_the_front_holds_those_that_nobody_surpasses() -> None:
         made_row("ewc", 1, 50.0, MASR=0.0),
     ]
     assert [item.method for item in front(summaries(rows))] == ["ewc", "wise-ft", "hpa"]
+
+
+@pytest.mark.parametrize(("key", "places"), [("AP", {70.0, 60.0}), ("BWT", {-5.0, -25.0})])
+def test_the_picture_has_the_value_that_it_is_asked_for(key: str, places: set[float]) -> None:
+    rows = [made_row("wise-ft", 1, 70.0, BWT=-5.0, MASR=10.0), made_row("dare", 1, 60.0, BWT=-25.0, MASR=20.0)]
+    axes = trade_off(rows, "title", key).axes[0]
+    points = [line for line in axes.lines if line.get_marker() in ("s", "o", "P", "^", "D")]
+    assert {float(line.get_xdata()[0]) for line in points} == places
+    assert axes.get_xlabel().startswith(f"{key}:")
+    edge = next(line for line in axes.lines if line.get_linewidth() == 6)  # wise-ft surpasses dare in both
+    assert list(edge.get_xdata()) == [max(places)]
 
 
 def test_the_verdict_follows_the_rows() -> None:

@@ -32,7 +32,12 @@ from hpa_ext.baselines.registry import post_training
 def half(old, new, layer):
     return old + (new - old) / 2
 """
-POST_TRAINING = [name for name, found in METHODS.items() if found.kind == "post-training"]
+# The others want Grams that a run does not keep, and are refused (below).
+POST_TRAINING = [
+    name
+    for name, found in METHODS.items()
+    if found.kind == "post-training" and set(found.needs) <= {"alignment", "history"}
+]
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +166,8 @@ def test_only_the_grams_that_a_method_looks_at_are_made():
     [
         (MethodConfig("hpaa"), "method.name: expected one of"),
         (MethodConfig("l2p"), "method.name: l2p does not work here"),
+        (MethodConfig("compromise-budget-earlier"), "method.name: compromise-budget-earlier .* needs earlier-grams"),
+        (MethodConfig("compromise-sequential"), "method.name: compromise-sequential .* needs sequential"),
         (MethodConfig("hpa", {"alpha": 1}), "method.options: alpha: HPA has no such setting; it has alpha_min"),
         (MethodConfig("hpa", {"retain_max": 200.0}), "method.options: retain_min, retain_max"),
         (MethodConfig("wise-ft", {"share": 2.0}), "method.options: share: expected a number"),

@@ -26,6 +26,23 @@ def test_the_tables_are_those_of_the_rows(tmp_path) -> None:
     assert updated(text, copied) != text
 
 
+@pytest.mark.parametrize(
+    ("label", "method"),
+    [("plain tuning", "seqft"), ("HPA, the paper", "hpa"), ("the compromise, defaults", "compromise-budget-earlier")],
+)
+def test_the_table_of_the_readme_is_that_of_the_rows(label: str, method: str) -> None:
+    readme = (DOCUMENT.parent.parent / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in readme.splitlines() if line.startswith(f"| {label}"))
+    shown = [text.strip().replace("\N{MINUS SIGN}", "-") for text in line.split("|")[2:8]]
+    means = []
+    for condition in ("original", "injected"):
+        rows = json.loads((FOLDER / f"{condition}-1.json").read_text(encoding="utf-8"))
+        mine = [row for row in rows if row["method"] == method]
+        assert len(mine) == 5
+        means += [f"{sum(row[key] for row in mine) / 5:.1f}" for key in ("AP", "BWT", "MASR")]
+    assert shown == means
+
+
 def test_every_kind_of_table_stands_in_the_document() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert all(f" {kind} -->" in text for kind in evidence_tables.KINDS)

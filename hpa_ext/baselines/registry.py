@@ -18,6 +18,7 @@ from typing import Any
 METHODS: dict[str, Method] = {}
 
 KINDS = ("bound", "post-training", "training")
+NEEDS = ("alignment", "history", "earlier-grams", "sequential")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class Method:
             raise ValueError(f"name: expected lower case without blanks or commas, got {self.name!r}")
         if self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        unknown = sorted(set(self.needs) - set(NEEDS))
+        if unknown:
+            raise ValueError(f"{self.name}: needs: expected some of {', '.join(NEEDS)}, got {unknown[0]!r}")
         if (self.strength is None) != (not self.grid):
             raise ValueError(f"{self.name}: strength and grid: expected both or neither")
         if self.function is not None:

@@ -22,6 +22,9 @@ _NOT_HERE = {
     "l2p": "it puts prompts before the embeddings, which needs a model of its own; use `hpa-ext bench continual`"
 }
 
+# What a run can give a method; one that wants more would work without it in silence.
+_GIVEN = {"alignment", "history"}
+
 # Files of methods that were loaded, by the method's name.
 _loaded: dict[str, Path] = {}
 
@@ -83,6 +86,12 @@ def chosen_method(settings: MethodConfig) -> ChosenMethod:
         raise ValueError(f"method.name: {str(error).removeprefix('method: ')}") from error
     if found.name in _NOT_HERE:
         raise ValueError(f"method.name: {found.name} does not work here: {_NOT_HERE[found.name]}")
+    lacking = sorted(set(found.needs) - _GIVEN)
+    if lacking:
+        raise ValueError(
+            f"method.name: {found.name} does not work here: it needs {', '.join(lacking)}, which a run does not keep; "
+            "use `hpa-ext adapter --earlier` between steps, or `hpa-ext bench continual`"
+        )
     options = {**found.settings, **settings.options}
     try:
         if found.function is hpa:
