@@ -12,14 +12,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hpa_ext.compromise import CompromiseConfig, CompromiseLayerReport, CompromiseReport
-from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa import HPAConfig, LayerReport, ModelReport
 from hpa_ext.hpa.checkpoint.estimate import CheckpointPlan
 from hpa_ext.hpa.checkpoint.grams import GramSource
+from hpa_ext.hpa.layer import AnyPair, Layer
 from hpa_ext.models.remembered import RememberedWeights
 from hpa_ext.ops._checks import describe
 
@@ -42,28 +42,32 @@ def method_of(config: Config | None) -> ModuleType:
 
 
 def harmonize(
-    layer_old: Tensor | nn.Module,
-    layer_new: Tensor | nn.Module,
-    gram: GramPair | tuple[AnyGram, AnyGram],
-    depth: float = 0.5,
+    layer_old: Layer | Sequence[Layer],
+    layer_new: Layer | Sequence[Layer],
+    gram: AnyPair | Sequence[AnyPair],
+    depth: float | Sequence[float] = 0.5,
     config: Config | None = None,
     *,
     earlier: Sequence[AnyGram] = (),
     return_report: bool = False,
-) -> Tensor | tuple[Tensor, AnyLayerReport]:
-    """The harmonized weight of a layer before and after a tuning step.
+) -> Any:
+    """The harmonized weight of a layer before and after a tuning step; by HPA also of a list of layers, together.
 
     Args:
         layer_old, layer_new: a weight ``[out, in]`` (bfloat16, float16, float32, float64), an ``nn.Linear``, or a
-            transformers ``Conv1D`` (whose weight is ``[in, out]``, and so is the result). Neither is changed.
-        gram: a `GramPair` or ``(safety, task)``, each a `Gram` or a matrix ``[in, in]``, on the weights' device.
-        depth: layer / number of layers, 1-based, in [0, 1]: HPA retains less in deeper layers.
+            transformers ``Conv1D`` (whose weight is ``[in, out]``, and so is the result). Neither is changed. With HPA
+            also lists of these, of any shapes and dtypes.
+        gram: a `GramPair` or ``(safety, task)``, each a `Gram` or a matrix ``[in, in]``, on the weights' device. For
+            lists of layers a list of pairs, one for each; a Gram that stands in several is factored once.
+        depth: layer / number of layers, 1-based, in [0, 1]: HPA retains less in deeper layers. For lists of layers one
+            number for all of them, or a list.
         config: an `HPAConfig` for HPA, a `CompromiseConfig` for the closed-form compromise; None for HPA's defaults.
         earlier: Grams of the layer's input on earlier tasks' samples, for the compromise alone.
         return_report: also return a `LayerReport`, or a `CompromiseLayerReport`.
 
     Returns:
-        A new tensor of the shape, dtype and device of layer_new's weight; with the report if asked for.
+        A new tensor of the shape, dtype and device of layer_new's weight; with the report if asked for. For lists of
+        layers a list of these, and with it a list of reports.
 
     Raises: see `hpa_ext.hpa.harmonize` and `hpa_ext.compromise.harmonize`, which also say what each computes.
     """
@@ -72,15 +76,15 @@ def harmonize(
 
 
 def harmonize_(
-    layer_old: Tensor | nn.Module,
-    layer_new: Tensor | nn.Module,
-    gram: GramPair | tuple[AnyGram, AnyGram],
-    depth: float = 0.5,
+    layer_old: Layer | Sequence[Layer],
+    layer_new: Layer | Sequence[Layer],
+    gram: AnyPair | Sequence[AnyPair],
+    depth: float | Sequence[float] = 0.5,
     config: Config | None = None,
     *,
     earlier: Sequence[AnyGram] = (),
-) -> AnyLayerReport:
-    """As `harmonize`, written into layer_new; returns the report. If anything raises, layer_new is unchanged."""
+) -> AnyLayerReport | list[AnyLayerReport]:
+    """As `harmonize`, written into layer_new; returns the report. If anything raises, no layer is changed."""
     return method_of(config).harmonize_(layer_old, layer_new, gram, depth, config, **_earlier(config, earlier))
 
 

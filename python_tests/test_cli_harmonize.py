@@ -96,7 +96,7 @@ def test_interrupted_with_its_own_exit_code(inputs, tmp_path, monkeypatch, capsy
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "plan_module", interrupt)
+    monkeypatch.setattr(merge, "plan_modules", interrupt)
     assert harmonize(inputs, tmp_path / "out") == 130
     assert "go on with --resume" in capsys.readouterr().err
     monkeypatch.undo()

@@ -300,14 +300,14 @@ def test_weights_too_large_for_their_squares():
 
 def test_task_columns_alone_are_never_retained_while_shared_selection_alone_ranks_all():
     """Column 2 is the task's alone and has a better balance than the shared column 0."""
-    from hpa_ext.hpa.selection import select
+    from hpa_ext.hpa.selection import ColumnScores, select
 
     safety, task = torch.tensor([10.0, 9.0, 5.0, 0.1]), torch.tensor([100.0, 1.0, 50.0, 0.0])
-    alpha = torch.tensor(0.6, dtype=torch.float64)
+    scores = ColumnScores(safety[None], task[None], torch.tensor([0.6], dtype=torch.float64), [0.5])
     settings = {"retain_min": 50.0, "retain_max": 50.0, "focus_multiple": 1.0}
-    assert select(safety, task, alpha, 0.5, HPAConfig(**settings)).retained.tolist() == [True, True, False, False]
+    assert select([scores], HPAConfig(**settings))[0][0].retained.tolist() == [True, True, False, False]
     alone = HPAConfig(**settings, safety_scores=False)
-    assert select(safety, task, alpha, 0.5, alone).retained.tolist() == [False, True, False, True]
+    assert select([scores], alone)[0][0].retained.tolist() == [False, True, False, True]
 
 
 def test_output_granularity_beyond_one_block_of_rows():

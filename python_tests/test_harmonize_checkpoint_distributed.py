@@ -90,14 +90,14 @@ def test_under_torchrun_each_process_has_its_own_gpu_and_waits_for_the_slowest(m
 
 def watched(rank, module, action):
     """Have `action` done when the process of that rank comes to a module."""
-    original = merge.plan_module
+    original = merge.plan_modules
 
-    def plan(job, diagonals, name, update):
-        if Processes.current().rank == rank and name.endswith(module):
+    def plan(job, diagonals, names, updates):
+        if Processes.current().rank == rank and any(name.endswith(module) for name in names):
             action()
-        return original(job, diagonals, name, update)
+        return original(job, diagonals, names, updates)
 
-    merge.plan_module = plan
+    merge.plan_modules = plan
 
 
 def test_what_fails_on_one_fails_on_all_and_can_be_resumed_on_another_number(inputs, tmp_path):

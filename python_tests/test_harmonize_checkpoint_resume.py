@@ -96,15 +96,15 @@ def test_killed_twice_and_resumed_with_finished_layers_kept(inputs, whole, tmp_p
 
         assert in_a_child(work) == -signal.SIGKILL
     done = []
-    original = merge.plan_module
+    original = merge.plan_modules
     try:
-        merge.plan_module = lambda job, diagonals, module, update: (
-            done.append(module),
-            original(job, diagonals, module, update),
+        merge.plan_modules = lambda job, diagonals, modules, updates: (
+            done.extend(modules),
+            original(job, diagonals, modules, updates),
         )[1]
         report = run(inputs, out, resume=True)
     finally:
-        merge.plan_module = original
+        merge.plan_modules = original
     assert contents(out) == whole["checkpoint"]
     assert 0 < len(done) < len(report)
 
@@ -118,8 +118,8 @@ def test_interrupt_leaves_a_resumable_state_and_says_how(inputs, whole, tmp_path
             raise KeyboardInterrupt
         return original(*args)
 
-    original = merge.plan_module
-    monkeypatch.setattr(merge, "plan_module", interrupted)
+    original = merge.plan_modules
+    monkeypatch.setattr(merge, "plan_modules", interrupted)
     with pytest.raises(Interrupted, match=r"out.partial.*--resume"):
         run(inputs, tmp_path / "out")
     monkeypatch.undo()

@@ -210,19 +210,20 @@ def test_interrupt_waits_until_the_model_is_whole(monkeypatch):
     import os
     import signal
 
-    from hpa_ext.hpa.plan import LayerPlan
+    import hpa_ext.hpa.model as module
 
+    monkeypatch.setattr(module, "BATCH_BYTES", 1)  # every layer alone
     old, new, safety, task = tiny_models.setting(tiny_models.llama)
     expected = copy.deepcopy(new)
     harmonize_model(old, expected, safety, task, progress=False)
-    merge, merged = LayerPlan.merge, []
+    merge, merged = module.merge_layers, []
 
-    def interrupted(self, *args, **kwargs):
-        merged.append(merge(self, *args, **kwargs))
+    def interrupted(*args, **kwargs):
+        merged.append(merge(*args, **kwargs))
         if len(merged) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(LayerPlan, "merge", interrupted)
+    monkeypatch.setattr(module, "merge_layers", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         harmonize_model(old, new, safety, task, progress=False)
@@ -233,6 +234,7 @@ def test_interrupt_waits_until_the_model_is_whole(monkeypatch):
 def test_interrupt_while_scoring_changes_nothing(monkeypatch):
     import hpa_ext.hpa.model as module
 
+    monkeypatch.setattr(module, "BATCH_BYTES", 1)  # every layer alone
     old, new, safety, task = tiny_models.setting(tiny_models.llama)
     before, scored = tiny_models.snapshot(new), []
 

@@ -143,8 +143,13 @@ class CompromiseMethod:
         """Nothing is done before the first weight."""
         self._group_of = {name: index for index, group in enumerate(self.sources.groups(job.names)) for name in group}
 
-    def merge(self, job: Job, reduced: None, module: str, update: WeightUpdate) -> tuple[Tensor, CompromiseLayerReport]:
-        """Solve for one module and add what is left of its update."""
+    def merge(
+        self, job: Job, reduced: None, modules: Sequence[str], updates: Sequence[WeightUpdate]
+    ) -> list[tuple[Tensor, CompromiseLayerReport]]:
+        """Solve for the modules, one after the other, and add what is left of their updates."""
+        return [self._merge(module, update) for module, update in zip(modules, updates, strict=True)]
+
+    def _merge(self, module: str, update: WeightUpdate) -> tuple[Tensor, CompromiseLayerReport]:
         compromise = self._compromise(module, update)
         count = self.sources.earlier_count
         try:

@@ -11,7 +11,8 @@ from hpa_ext.compromise.config import CompromiseConfig
 from hpa_ext.compromise.grams import FullGram, check_full_gram
 from hpa_ext.compromise.layer import LastInput, checked_config, merge, merge_lora, refuse_sharded
 from hpa_ext.compromise.report import CompromiseLayerReport, CompromiseReport, report_warnings
-from hpa_ext.hpa.model import embedding_warnings, layer_bar, naming
+from hpa_ext.hpa.model import embedding_warnings, layer_bar
+from hpa_ext.hpa.naming import naming
 from hpa_ext.hpa.pairs import check_counted, distinct, match, weights
 from hpa_ext.interrupts import interrupt_held_back
 from hpa_ext.models.linear import Linear

@@ -1,6 +1,11 @@
-"""HPA on one layer."""
+"""HPA on one layer, or on a list of layers together."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -8,42 +13,52 @@ from hpa_ext.agreement import Agreement
 from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa.config import HPAConfig
-from hpa_ext.hpa.plan import plan_layer
+from hpa_ext.hpa.naming import naming
+from hpa_ext.hpa.plan import merge_layers, plan_layers
 from hpa_ext.hpa.report import LayerReport
-from hpa_ext.hpa.sharded import merge_weights
 from hpa_ext.models.sharding import local
 from hpa_ext.models.structure import is_conv1d
 from hpa_ext.ops._checks import describe
 
+Layer = Tensor | nn.Module
+AnyPair = GramPair | tuple[AnyGram, AnyGram]
+
 
 def harmonize(
-    layer_old: Tensor | nn.Module,
-    layer_new: Tensor | nn.Module,
-    gram: GramPair | tuple[AnyGram, AnyGram],
-    depth: float = 0.5,
+    layer_old: Layer | Sequence[Layer],
+    layer_new: Layer | Sequence[Layer],
+    gram: AnyPair | Sequence[AnyPair],
+    depth: float | Sequence[float] = 0.5,
     config: HPAConfig | None = None,
     *,
     return_report: bool = False,
-) -> Tensor | tuple[Tensor, LayerReport]:
-    """The harmonized weight of a layer before and after a tuning step.
+) -> Any:
+    """The harmonized weight of a layer before and after a tuning step; or those of a list of layers, together.
 
     Args:
         layer_old, layer_new: a weight ``[out, in]`` (bfloat16, float16, float32, float64), an ``nn.Linear``, or a
-            transformers ``Conv1D`` (whose weight is ``[in, out]``, and so is the result). Neither is changed.
-        gram: a `GramPair` or ``(safety, task)``, each a `Gram` or a matrix ``[in, in]``, on the weights' device.
-        depth: layer / number of layers, 1-based, in [0, 1]: deeper layers retain less.
+            transformers ``Conv1D`` (whose weight is ``[in, out]``, and so is the result). Neither is changed. Or lists
+            of these, as long as each other, of any shapes and dtypes.
+        gram: a `GramPair` or ``(safety, task)``, each a `Gram` or a matrix ``[in, in]``, on the weights' device. For
+            lists of layers a list of pairs, one for each; a Gram that stands in several is factored once.
+        depth: layer / number of layers, 1-based, in [0, 1]: deeper layers retain less. For lists of layers one number
+            for all of them, or a list.
         config: settings; None for the paper's.
         return_report: also return a `LayerReport`.
 
     Returns:
-        A new tensor of the shape, dtype and device of layer_new's weight; with the report if asked for.
+        A new tensor of the shape, dtype and device of layer_new's weight; with the report if asked for. For lists of
+        layers a list of these, and with it a list of reports.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, dtype or device, or a Gram has counted no tokens.
         NumericalError: a weight or Gram holds NaN or Inf, or a Gram cannot be factored.
+        For lists of layers the message starts with the layer's place in the list, such as ``layers[3]``.
 
+    Layers of a list are summed, chosen for and merged by one operation each, and get bit for bit what each gets alone.
     On a CUDA device nothing synchronises with the host unless a report is asked for or a `Gram` is used for the first
-    time; what would have raised NumericalError then shows as NaN in the result. Source: HPA (CVPR 2026), Algorithm 1.
+    time (matrices can be captured in a CUDA graph); what would have raised NumericalError then shows as NaN in the
+    result. Source: HPA (CVPR 2026), Algorithm 1.
 
     Weights may be DTensors as FSDP2's ``fully_shard`` makes them (Shard(0), Shard(1), Replicate, on any mesh), both
     with the same mesh and placements, which the result has too; every process of the mesh must then call this, with
@@ -52,32 +67,93 @@ def harmonize(
     ``reshard()`` first.
     """
     config = _settings(config)
-    old, new = weight_of("layer_old", layer_old), weight_of("layer_new", layer_new)
-    check = return_report or old.device.type != "cuda"
-    plan = plan_layer(old, new, gram, depth, config, check=check)
-    merged = merge_weights(old, new, plan.selection.retained, plan.coefficient, axis=config.granularity)
-    merged = merged.mT.contiguous() if is_conv1d(layer_new) else merged
-    return (merged, plan.report()) if return_report else merged
+    layers = Layers.of(layer_old, layer_new, gram, depth)
+    check = return_report or any(old.device.type != "cuda" for old in layers.olds)
+    plans = plan_layers(
+        layers.olds, layers.news, layers.grams, layers.depths, config, naming=layers.naming, check=check
+    )
+    merged = [
+        weight.mT.contiguous() if is_conv1d(layer) else weight
+        for weight, layer in zip(merge_layers(plans, layers.olds, layers.news), layers.given, strict=True)
+    ]
+    if not return_report:
+        return merged if layers.is_list else merged[0]
+    reports = [plan.report() for plan in plans]
+    return (merged, reports) if layers.is_list else (merged[0], reports[0])
 
 
 def harmonize_(
-    layer_old: Tensor | nn.Module,
-    layer_new: Tensor | nn.Module,
-    gram: GramPair | tuple[AnyGram, AnyGram],
-    depth: float = 0.5,
+    layer_old: Layer | Sequence[Layer],
+    layer_new: Layer | Sequence[Layer],
+    gram: AnyPair | Sequence[AnyPair],
+    depth: float | Sequence[float] = 0.5,
     config: HPAConfig | None = None,
-) -> LayerReport:
-    """As `harmonize`, written into layer_new; returns the report. If anything raises, layer_new is unchanged."""
+) -> LayerReport | list[LayerReport]:
+    """As `harmonize`, written into layer_new; returns the report. If anything raises, no layer is changed."""
     config = _settings(config)
-    old, new = weight_of("layer_old", layer_old), weight_of("layer_new", layer_new)
-    with Agreement.of_tensor(new).together():
-        old_part, new_part = local(old), local(new)
-        if old_part.data_ptr() == new_part.data_ptr() and old_part.numel() > 0:
-            raise ValueError("layer_new: is the same memory as layer_old, so the weight before tuning is lost")
-    plan = plan_layer(old, new, gram, depth, config)
-    report = plan.report()
-    plan.merge(old, new, out=new)
-    return report
+    layers = Layers.of(layer_old, layer_new, gram, depth)
+    for index, (old, new) in enumerate(zip(layers.olds, layers.news, strict=True)):
+        with layers.naming(index), Agreement.of_tensor(new).together():
+            old_part, new_part = local(old), local(new)
+            if old_part.data_ptr() == new_part.data_ptr() and old_part.numel() > 0:
+                raise ValueError("layer_new: is the same memory as layer_old, so the weight before tuning is lost")
+    plans = plan_layers(layers.olds, layers.news, layers.grams, layers.depths, config, naming=layers.naming)
+    reports = [plan.report() for plan in plans]
+    merge_layers(plans, layers.olds, layers.news, layers.news)
+    return reports if layers.is_list else reports[0]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What was given for one layer or a list of them, as lists.
+
+    Attributes:
+        given: the layers after the tuning step, as they were given.
+        olds, news: their weights ``[out, in]``.
+        grams, depths: one for each.
+        is_list: whether lists were given.
+    """
+
+    given: list[Layer]
+    olds: list[Tensor]
+    news: list[Tensor]
+    grams: list[AnyPair]
+    depths: list[float]
+    is_list: bool
+
+    @classmethod
+    def of(
+        cls,
+        layer_old: Layer | Sequence[Layer],
+        layer_new: Layer | Sequence[Layer],
+        gram: AnyPair | Sequence[AnyPair],
+        depth: float | Sequence[float],
+    ) -> Layers:
+        """Raises TypeError or ValueError for what is no layer, and for lists that differ in length."""
+        if not isinstance(layer_old, (list, tuple)):
+            if isinstance(layer_new, (list, tuple)):
+                raise TypeError(f"layer_new: expected one layer like layer_old, got a list of {len(layer_new)}")
+            old, new = weight_of("layer_old", layer_old), weight_of("layer_new", layer_new)
+            return cls([layer_new], [old], [new], [gram], [depth], is_list=False)
+        count = len(layer_old)
+        depths = depth if isinstance(depth, (list, tuple)) else [depth] * count
+        for name, values in (("layer_new", layer_new), ("gram", gram), ("depth", depths)):
+            if not isinstance(values, (list, tuple)) or isinstance(values, GramPair):
+                raise TypeError(f"{name}: expected a list of {count}, one for each layer, got {type(values).__name__}")
+            if len(values) != count:
+                raise ValueError(f"{name}: expected {count}, one for each of layer_old, got {len(values)}")
+        return cls(
+            list(layer_new),
+            [weight_of(f"layer_old[{index}]", layer) for index, layer in enumerate(layer_old)],
+            [weight_of(f"layer_new[{index}]", layer) for index, layer in enumerate(layer_new)],
+            list(gram),
+            list(depths),
+            is_list=True,
+        )
+
+    def naming(self, index: int) -> AbstractContextManager[None]:
+        """Within the context errors name the layer's place in the list, if there is one."""
+        return naming(f"layers[{index}]") if self.is_list else nullcontext()
 
 
 def _settings(config: HPAConfig | None) -> HPAConfig:

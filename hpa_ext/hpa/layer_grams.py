@@ -36,15 +36,24 @@ def read_grams(
     config: HPAConfig,
     *,
     check: bool = True,
+    factored: dict[int, ops.InverseDiagonal] | None = None,
 ) -> LayerGrams:
-    """Check the Grams of a weight of this shape ``(out, in)`` on this device, and factor them."""
-    safety, task = _pair(gram)
-    _check_gram("gram.safety", safety, shape, device)
-    _check_gram("gram.task", task, shape, device)
+    """Check the Grams of a weight of this shape ``(out, in)`` on this device, and factor them.
+
+    `factored` keeps, by identity, what was factored for other layers: linears with one input share a Gram.
+    """
+    pair = _pair(gram)
+    factored = {} if factored is None else factored
+    names = ("gram.safety", "gram.task")
+    for name, one in zip(names, pair, strict=True):
+        _check_gram(name, one, shape, device)
+    for name, one in zip(names, pair, strict=True):
+        if id(one) not in factored:
+            factored[id(one)] = _inverse(name, one, config, check)
     return LayerGrams(
-        inverses=(_inverse("gram.safety", safety, config, check), _inverse("gram.task", task, config, check)),
-        dead_columns=(_dead_columns(safety), _dead_columns(task)),
-        token_counts=tuple(-1 if isinstance(g, Tensor) else g.token_count for g in (safety, task)),
+        inverses=tuple(factored[id(one)] for one in pair),
+        dead_columns=tuple(_dead_columns(one) for one in pair),
+        token_counts=tuple(-1 if isinstance(one, Tensor) else one.token_count for one in pair),
     )
 
 

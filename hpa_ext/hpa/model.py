@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hpa_ext.agreement import Agreement
-from hpa_ext.errors import NumericalError
 from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.decisions import grams_agree, plans_of_first
+from hpa_ext.hpa.groups import batches
 from hpa_ext.hpa.layer_grams import LayerGrams, read_grams
+from hpa_ext.hpa.naming import naming
 from hpa_ext.hpa.pairs import Pair, check_counted, distinct, match, weights
-from hpa_ext.hpa.plan import LayerPlan, UpdateSums, measure, plan_measured
+from hpa_ext.hpa.plan import LayerPlan, merge_layers, plan_measured
 from hpa_ext.hpa.report import ModelReport, report_warnings
 from hpa_ext.hpa.sharded import update_of
+from hpa_ext.hpa.sums import UpdateSums, measure
 from hpa_ext.interrupts import interrupt_held_back
 from hpa_ext.models.linears import experts_without_linears, find_linears
 from hpa_ext.models.remembered import RememberedWeights
 from hpa_ext.models.sharding import is_sharded, local, refuse_other_sharding, reshard
 from hpa_ext.models.structure import layer_depth, unwrap
+
+BATCH_BYTES = 1 << 30
+"""Of weights that are scored or merged at once: large enough that a launch costs nothing, small enough that copies (of
+weights on another device, or with an adapter on top) and the steps of the bar stay small."""
 
 
 def harmonize_model(
@@ -105,24 +110,28 @@ def harmonize_model(
                 grams[name] = read_grams(pair, tuple(base.shape), local(base).device, config)
     grams_agree(processes, grams, config)
 
-    updates: dict[str, UpdateSums] = {}
-    for name, (old, new) in layer_bar(pairs, "score", progress):
-        with naming(name):
-            updates[name] = measure(update_of(*weights(old, new)), grams[name], config)
+    names = list(pairs)
+    kept = [grams[name] for name in names]
+    sums: list[UpdateSums] = []
+    with layer_bar(pairs, "score", progress) as bar:
+        for batch in weight_batches(pairs):
+            loaded = []
+            for name in batch:
+                with naming(name):
+                    loaded.append(update_of(*weights(*pairs[name])))
+            sums += measure(loaded, [grams[name] for name in batch], config)
+            bar.update(len(batch))
 
-    plans: dict[str, LayerPlan] = {}
     with processes.together():
-        for name in pairs:
-            with naming(name):
-                plans[name] = plan_measured(updates[name], grams[name], layer_depth(root, name), config)
-    plans = plans_of_first(processes, plans)
+        depths = [layer_depth(root, name) for name in names]
+        planned = plan_measured(sums, kept, depths, config, naming=lambda index: naming(names[index]))
+    plans = plans_of_first(processes, dict(zip(names, planned, strict=True)))
     reports = {name: plan.report(name) for name, plan in plans.items()}
 
-    with interrupt_held_back():
-        for name, (old, new) in layer_bar(pairs, "merge", progress):
-            old_weight, new_weight = weights(old, new)
-            plans[name].merge(old_weight, new_weight, out=new.base_weight())
-            new.absorb_adapters()
+    with interrupt_held_back(), layer_bar(pairs, "merge", progress) as bar:
+        for batch in weight_batches(pairs):
+            write_merged({name: pairs[name] for name in batch}, plans)
+            bar.update(len(batch))
     return ModelReport(
         layers=reports,
         config=config,
@@ -132,15 +141,21 @@ def harmonize_model(
     )
 
 
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Within the context errors are told with the module's name."""
-    try:
-        yield
-    except NumericalError as error:
-        raise error.in_module(name) from error
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+def weight_batches(pairs: Mapping[str, Pair]) -> Iterator[list[str]]:
+    """Names of layers that are scored, or merged, at once: old and new weights of at most `BATCH_BYTES`.
+
+    Of sharded weights all bytes count, so that every process makes the same batches.
+    """
+    wholes = [new.base_weight() for _, new in pairs.values()]
+    return batches(pairs, [2 * whole.numel() * whole.element_size() for whole in wholes], BATCH_BYTES)
+
+
+def write_merged(pairs: Mapping[str, Pair], plans: Mapping[str, LayerPlan]) -> None:
+    """Write the harmonized weights of these layers into the new model."""
+    olds, news = zip(*(weights(old, new) for old, new in pairs.values()), strict=True)
+    merge_layers([plans[name] for name in pairs], olds, news, [new.base_weight() for _, new in pairs.values()])
+    for _, new in pairs.values():
+        new.absorb_adapters()
 
 
 def embedding_warnings(model: nn.Module, pairs: Mapping[str, Pair]) -> list[str]:
@@ -154,6 +169,6 @@ def embedding_warnings(model: nn.Module, pairs: Mapping[str, Pair]) -> list[str]
     return [f"{name} shares its weight with the input embedding, which has changed with it" for name in tied]
 
 
-def layer_bar(pairs: dict, label: str, progress: bool) -> Iterable:
+def layer_bar(pairs: Mapping[str, Pair], label: str, progress: bool) -> tqdm:
     """The pairs, with a bar when stderr is a terminal."""
     return tqdm(pairs.items(), desc=label, unit="layer", leave=False, disable=None if progress else True)

@@ -5,6 +5,7 @@ A layer takes one all-reduce of a vector and two scalars; output granularity tak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from hpa_ext import ops
 from hpa_ext.agreement import ElsewhereError
 from hpa_ext.errors import NumericalError
+from hpa_ext.hpa.groups import served_together
 from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
 from hpa_ext.models.sharding import (
     check_alike,
@@ -104,13 +106,35 @@ def update_of(old: Tensor, new: Tensor) -> WeightUpdate:
 
 
 def merge_weights(
-    old: Tensor, new: Tensor, retained: Tensor, coefficient: Tensor, out: Tensor | None = None, *, axis: str = "input"
-) -> Tensor:
-    """``ops.project_merge``, of DTensors each process's own part: `retained` is for the whole weight on all of them."""
-    if not is_sharded(new):
-        return ops.project_merge(old, new, retained, coefficient, out, axis=axis)
-    rows, columns = part_of(new)
-    mask = retained[columns if axis == "input" else rows]
-    target = None if out is None else local(out)
-    merged = ops.project_merge(local(old), local(new), mask, coefficient, target, axis=axis)
-    return from_local(merged, new) if out is None else out
+    olds: Sequence[Tensor],
+    news: Sequence[Tensor],
+    retained: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    outs: Sequence[Tensor] | None = None,
+    *,
+    axis: str = "input",
+) -> list[Tensor]:
+    """``ops.project_merge_list``, of DTensors each process's own part.
+
+    Each of `retained` is for the whole weight, on all processes.
+    """
+    masks = list(retained)
+    for index, new in enumerate(news):
+        if is_sharded(new):
+            rows, columns = part_of(new)
+            masks[index] = masks[index][columns if axis == "input" else rows]
+    old_parts, new_parts = [local(old) for old in olds], [local(new) for new in news]
+    out_parts = None if outs is None else [local(out) for out in outs]
+    merged: list[Tensor | None] = [None] * len(new_parts)
+    for together in served_together(new_parts):
+        found = ops.project_merge_list(
+            [old_parts[i] for i in together],
+            [new_parts[i] for i in together],
+            [masks[i] for i in together],
+            torch.stack([coefficients[i] for i in together]),
+            None if out_parts is None else [out_parts[i] for i in together],
+            axis=axis,
+        )
+        for index, weight in zip(together, found, strict=True):
+            merged[index] = from_local(weight, news[index]) if is_sharded(news[index]) else weight
+    return merged if outs is None else list(outs)

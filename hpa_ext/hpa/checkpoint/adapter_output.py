@@ -8,7 +8,7 @@ from hpa_ext.checkpoints.harmonized_adapter import write_harmonized_adapter
 from hpa_ext.checkpoints.manifest import write_manifest
 from hpa_ext.checkpoints.output import publish
 from hpa_ext.hpa.checkpoint.journals import gather_journals
-from hpa_ext.hpa.checkpoint.merge import moved, plan_module
+from hpa_ext.hpa.checkpoint.merge import moved, plan_modules
 from hpa_ext.hpa.checkpoint.pipeline import run_pipeline
 from hpa_ext.hpa.checkpoint.records import manifest_report, report_of, report_record
 from hpa_ext.hpa.checkpoint.work import Work
@@ -26,7 +26,7 @@ def write_adapter_output(work: Work) -> list[LayerReport]:
 
     def score(module: str, update: WeightUpdate) -> LayerReport:
         progress.show(module)
-        return plan_module(job, work.reduced, module, moved(update, work.device)).report(module)
+        return plan_modules(job, work.reduced, [module], [moved(update, work.device)])[0].report(module)
 
     def keep(module: str, report: LayerReport) -> None:
         journal.append(_key(module), report_record(report))

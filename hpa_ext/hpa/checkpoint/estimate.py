@@ -21,7 +21,7 @@ from hpa_ext.hpa.checkpoint.arguments import input_paths, usable_device
 from hpa_ext.hpa.checkpoint.checkpoint_output import ROOM_BESIDE
 from hpa_ext.hpa.checkpoint.grams import GramSource, leaders
 from hpa_ext.hpa.checkpoint.job import Job, has_low_rank, prepare
-from hpa_ext.hpa.checkpoint.merge import merged_weight, moved, plan_module
+from hpa_ext.hpa.checkpoint.merge import merged_weights, moved, plan_modules
 from hpa_ext.hpa.checkpoint.reduce import SETS
 from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.reporting.units import bytes_text, duration_text
@@ -190,7 +190,7 @@ def _measure(job: Job, device: torch.device, parent: Path) -> dict[str, float]:
         diagonals = {name: {module: _flat_diagonal(update.shape[1], job.config.damping)} for name in SETS}
         start = time.perf_counter()
         on_device = moved(update, device)
-        merged_weight(job, plan_module(job, diagonals, module, on_device), on_device).cpu()
+        merged_weights(job, plan_modules(job, diagonals, [module], [on_device]), [on_device])[0].cpu()
         rates["compute"] = size / (time.perf_counter() - start)
     sample = torch.eye(_SAMPLE_WIDTH, device=device)
     ops.inverse_diagonal(sample[:8, :8].contiguous(), 0.01)

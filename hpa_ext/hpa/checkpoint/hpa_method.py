@@ -36,11 +36,13 @@ class HPAMethod:
         """The diagonals by set and module."""
         return reduce_grams(job, finished, journal, processes, device, progress)
 
-    def merge(self, job: Job, reduced: Any, module: str, update: WeightUpdate) -> tuple[Tensor, LayerReport]:
-        """Score, select and merge one module."""
-        plan = merge.plan_module(job, reduced, module, update)
-        report = plan.report(module)
-        return merge.merged_weight(job, plan, update), report
+    def merge(
+        self, job: Job, reduced: Any, modules: Sequence[str], updates: Sequence[WeightUpdate]
+    ) -> list[tuple[Tensor, LayerReport]]:
+        """Score, select and merge the modules together."""
+        plans = merge.plan_modules(job, reduced, modules, updates)
+        reports = [plan.report(module) for plan, module in zip(plans, modules, strict=True)]
+        return list(zip(merge.merged_weights(job, plans, updates), reports, strict=True))
 
     def record(self, report: LayerReport) -> dict[str, Any]:
         """See `CheckpointMethod`."""

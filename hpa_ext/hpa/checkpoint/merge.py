@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from hpa_ext.checkpoints.buffers import Buffers
 from hpa_ext.checkpoints.writer import ShardedWriter
-from hpa_ext.errors import NumericalError
 from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import GramDiagonal
+from hpa_ext.hpa.checkpoint.bundles import Bundle, bundles
 from hpa_ext.hpa.checkpoint.job import Job
 from hpa_ext.hpa.checkpoint.keeper import Keeper
 from hpa_ext.hpa.checkpoint.pieces import Piece, Unit
 from hpa_ext.hpa.checkpoint.pipeline import run_pipeline
 from hpa_ext.hpa.checkpoint.progress import Progress
 from hpa_ext.hpa.low_rank import LowRankUpdate
-from hpa_ext.hpa.plan import LayerPlan, plan_update
+from hpa_ext.hpa.naming import naming
+from hpa_ext.hpa.plan import LayerPlan, merge_layers, plan_updates
 from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
 
 Diagonals = Mapping[str, Mapping[str, GramDiagonal]]
@@ -46,15 +47,13 @@ class MergeRun:
 
     def run(self, units: Sequence[Unit]) -> None:
         """Make these units."""
-        run_pipeline(self._items(units), self._read, self._compute, self._write)
+        largest = max((piece.nbytes for unit in units for piece in unit.pieces if piece.kind == "merge"), default=0)
+        run_pipeline(bundles(units, largest), self._read, self._compute, self._write)
 
-    def _items(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, Piece, bool]]:
-        for unit in units:
-            for piece in unit.pieces:
-                yield unit, piece, piece is unit.pieces[-1]
+    def _read(self, bundle: Bundle) -> list[WeightUpdate | Tensor]:
+        return [self._read_piece(piece) for piece in bundle.pieces]
 
-    def _read(self, item: tuple[Unit, Piece, bool]) -> WeightUpdate | Tensor:
-        _, piece, _ = item
+    def _read_piece(self, piece: Piece) -> WeightUpdate | Tensor:
         if piece.kind == "merge":
             return self.job.weight_update(piece.module, self._buffers)
         if piece.kind == "update":
@@ -63,28 +62,32 @@ class MergeRun:
         self.job.source.read_into(piece.entry, piece.offset, memoryview(copied.numpy()))
         return copied
 
-    def _compute(self, item: tuple[Unit, Piece, bool], read: WeightUpdate | Tensor) -> Tensor:
-        unit, piece, _ = item
-        self.progress.show(unit.label)
-        if piece.kind != "merge":
+    def _compute(self, bundle: Bundle, read: list[WeightUpdate | Tensor]) -> list[Tensor]:
+        self.progress.show(bundle.unit.label)
+        if not bundle.is_merged:
             return read
-        update = moved(read, self.device)
-        merged, self.reports[piece.module] = self.job.method.merge(self.job, self.reduced, piece.module, update)
-        merged = merged.cpu()
-        kept = merged.untyped_storage().data_ptr()
-        self._buffers.release(*(t for t in tensors_of(read) if t.untyped_storage().data_ptr() != kept))
-        return merged.mT if self.job.linears[piece.module].is_transposed else merged
+        modules = [piece.module for piece in bundle.pieces]
+        updates = [moved(update, self.device) for update in read]
+        found = self.job.method.merge(self.job, self.reduced, modules, updates)
+        made = []
+        for module, update, (weight, report) in zip(modules, read, found, strict=True):
+            self.reports[module] = report
+            merged = weight.cpu()
+            kept = merged.untyped_storage().data_ptr()
+            self._buffers.release(*(t for t in tensors_of(update) if t.untyped_storage().data_ptr() != kept))
+            made.append(merged.mT if self.job.linears[module].is_transposed else merged)
+        return made
 
-    def _write(self, item: tuple[Unit, Piece, bool], made: Tensor) -> None:
-        unit, piece, is_last = item
-        if piece.kind == "copy":
-            self.writer.write_bytes(piece.entry.name, piece.offset, memoryview(made.numpy()))
-        else:
-            self.writer.write(piece.entry.name, made)
-        self._buffers.release(made)
-        if is_last:
-            self.keeper.finished(unit, {"layers": self._records(unit)})
-        self.progress.advance(piece.nbytes)
+    def _write(self, bundle: Bundle, made: list[Tensor]) -> None:
+        for piece, tensor in zip(bundle.pieces, made, strict=True):
+            if piece.kind == "copy":
+                self.writer.write_bytes(piece.entry.name, piece.offset, memoryview(tensor.numpy()))
+            else:
+                self.writer.write(piece.entry.name, tensor)
+            self._buffers.release(tensor)
+        if bundle.is_last:
+            self.keeper.finished(bundle.unit, {"layers": self._records(bundle.unit)})
+        self.progress.advance(bundle.nbytes)
 
     def _records(self, unit: Unit) -> list[dict]:
         """The reports of a unit's modules, for the journal."""
@@ -92,23 +95,29 @@ class MergeRun:
         return [self.job.method.record(self.reports[module]) for module in modules]
 
 
-def plan_module(job: Job, diagonals: Diagonals, module: str, update: WeightUpdate) -> LayerPlan:
-    """Score and select for one module; errors name it."""
-    pair = GramPair(*(diagonals[name][module].to(update.device) for name in ("safety", "task")))
-    try:
-        return plan_update(update, pair, job.depths[module], job.config)
-    except NumericalError as error:
-        raise error.in_module(module) from error
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{module}: {error}") from error
+def plan_modules(
+    job: Job, diagonals: Diagonals, modules: Sequence[str], updates: Sequence[WeightUpdate]
+) -> list[LayerPlan]:
+    """Score and select for some modules together; errors name the module."""
+    pairs = [
+        GramPair(*(diagonals[name][module].to(update.device) for name in ("safety", "task")))
+        for module, update in zip(modules, updates, strict=True)
+    ]
+    depths = [job.depths[module] for module in modules]
+    return plan_updates(updates, pairs, depths, job.config, naming=lambda index: naming(modules[index]))
 
 
-def merged_weight(job: Job, plan: LayerPlan, update: WeightUpdate) -> Tensor:
-    """The harmonized weight ``[out, in]``; takes the place of the new one, or of the old one if there is no other."""
-    if isinstance(update, LowRankUpdate):
-        return update.merge(plan.selection, plan.coefficient, job.config.granularity, out=update.old)
-    plan.merge(update.old, update.new, out=update.new)
-    return update.new
+def merged_weights(job: Job, plans: Sequence[LayerPlan], updates: Sequence[WeightUpdate]) -> list[Tensor]:
+    """The harmonized weights ``[out, in]``, in the place of the new ones, or of the old ones where there are no new."""
+    dense = [(plan, u) for plan, u in zip(plans, updates, strict=True) if not isinstance(u, LowRankUpdate)]
+    news = [update.new for _, update in dense]
+    merge_layers([plan for plan, _ in dense], [update.old for _, update in dense], news, news)
+    return [
+        update.merge(plan.selection, plan.coefficient, job.config.granularity, out=update.old)
+        if isinstance(update, LowRankUpdate)
+        else update.new
+        for plan, update in zip(plans, updates, strict=True)
+    ]
 
 
 def tensors_of(update: WeightUpdate) -> list[Tensor]:

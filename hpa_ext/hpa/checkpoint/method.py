@@ -32,8 +32,10 @@ class CheckpointMethod(Protocol):
     ) -> Any:
         """What is done before the first weight, such as what HPA makes of the Grams; given to `merge`."""
 
-    def merge(self, job: Job, reduced: Any, module: str, update: WeightUpdate) -> tuple[Tensor, Any]:
-        """The harmonized weight ``[out, in]`` of a module, maybe in memory of `update`, and its report."""
+    def merge(
+        self, job: Job, reduced: Any, modules: Sequence[str], updates: Sequence[WeightUpdate]
+    ) -> list[tuple[Tensor, Any]]:
+        """For each module its harmonized weight ``[out, in]``, maybe in memory of its update, and its report."""
 
     def record(self, report: Any) -> dict[str, Any]:
         """A report as plain values for the journal."""

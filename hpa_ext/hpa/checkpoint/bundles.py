@@ -1,0 +1,50 @@
+"""What goes through the pipeline at once: weights that are merged together, or one piece that is not merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from hpa_ext.hpa.checkpoint.pieces import Piece, Unit
+from hpa_ext.hpa.groups import batches
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Neighbouring pieces of one unit.
+
+    Attributes:
+        pieces: several only if all of them are merged.
+    """
+
+    unit: Unit
+    pieces: tuple[Piece, ...]
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether its pieces are weights to harmonize."""
+        return self.pieces[0].kind == "merge"
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the unit is complete with it."""
+        return self.pieces[-1] is self.unit.pieces[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def bundles(units: Iterable[Unit], limit: int) -> Iterator[Bundle]:
+    """The pieces of the units in order; of those that are merged, neighbours of at most `limit` bytes together.
+
+    With the bytes of the largest weight as the limit, no more memory is taken than that weight alone takes.
+    """
+    for unit in units:
+        for is_merged, run in groupby(unit.pieces, key=lambda piece: piece.kind == "merge"):
+            pieces = list(run)
+            sizes = [piece.nbytes for piece in pieces]
+            for together in batches(pieces, sizes, limit if is_merged else 0):
+                yield Bundle(unit, tuple(together))
