@@ -186,11 +186,11 @@ def check_the_first_process_decides():
 
     original = plan.select
 
-    def otherwise(safety, task, alpha, depth, config):
-        chosen = original(safety, task, alpha, depth, config)
+    def otherwise(groups, config):
+        ((chosen,),) = original(groups, config)
         if dist.get_rank() == 0:
-            return chosen
-        return dataclasses.replace(chosen, retained=chosen.retained.roll(1), alpha=chosen.alpha + 0.1)
+            return [[chosen]]
+        return [[dataclasses.replace(chosen, retained=chosen.retained.roll(1), alpha=chosen.alpha + 0.1)]]
 
     old, new = weights()
     expected, told = harmonize(old, new, pair(), return_report=True)

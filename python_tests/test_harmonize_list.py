@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from hpa_ext import CompromiseConfig, HPAConfig, NumericalError, harmonize, harmonize_, ops
 from hpa_ext.hpa.layer import Layers
-from hpa_ext.hpa.plan import merge_layers, plan_layers
+from hpa_ext.hpa.layer_plan import merge_layers
+from hpa_ext.hpa.plan import plan_layers
 
 SHAPES = [
     (48, 64, torch.bfloat16),

@@ -15,7 +15,7 @@ from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.layer_grams import LayerGrams
 
 if TYPE_CHECKING:
-    from hpa_ext.hpa.plan import LayerPlan
+    from hpa_ext.hpa.layer_plan import LayerPlan
 
 # Far above what machines differ by in factoring one Gram, far below what the samples of one process differ by.
 _TOLERANCE = 1e-3

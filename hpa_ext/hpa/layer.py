@@ -13,8 +13,9 @@ from hpa_ext.agreement import Agreement
 from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa.config import HPAConfig
+from hpa_ext.hpa.layer_plan import merge_layers, reports_of
 from hpa_ext.hpa.naming import naming
-from hpa_ext.hpa.plan import merge_layers, plan_layers
+from hpa_ext.hpa.plan import plan_layers
 from hpa_ext.hpa.report import LayerReport
 from hpa_ext.models.sharding import local
 from hpa_ext.models.structure import is_conv1d
@@ -78,7 +79,7 @@ def harmonize(
     ]
     if not return_report:
         return merged if layers.is_list else merged[0]
-    reports = [plan.report() for plan in plans]
+    reports = reports_of(plans, [None] * len(plans))
     return (merged, reports) if layers.is_list else (merged[0], reports[0])
 
 
@@ -98,7 +99,7 @@ def harmonize_(
             if old_part.data_ptr() == new_part.data_ptr() and old_part.numel() > 0:
                 raise ValueError("layer_new: is the same memory as layer_old, so the weight before tuning is lost")
     plans = plan_layers(layers.olds, layers.news, layers.grams, layers.depths, config, naming=layers.naming)
-    reports = [plan.report() for plan in plans]
+    reports = reports_of(plans, [None] * len(plans))
     merge_layers(plans, layers.olds, layers.news, layers.news)
     return reports if layers.is_list else reports[0]
 

@@ -14,9 +14,10 @@ from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.decisions import grams_agree, plans_of_first
 from hpa_ext.hpa.groups import batches
 from hpa_ext.hpa.layer_grams import LayerGrams, read_grams
+from hpa_ext.hpa.layer_plan import LayerPlan, merge_layers, reports_of
 from hpa_ext.hpa.naming import naming
 from hpa_ext.hpa.pairs import Pair, check_counted, distinct, match, weights
-from hpa_ext.hpa.plan import LayerPlan, merge_layers, plan_measured
+from hpa_ext.hpa.plan import plan_measured
 from hpa_ext.hpa.report import ModelReport, report_warnings
 from hpa_ext.hpa.sharded import update_of
 from hpa_ext.hpa.sums import UpdateSums, measure
@@ -126,7 +127,7 @@ def harmonize_model(
         depths = [layer_depth(root, name) for name in names]
         planned = plan_measured(sums, kept, depths, config, naming=lambda index: naming(names[index]))
     plans = plans_of_first(processes, dict(zip(names, planned, strict=True)))
-    reports = {name: plan.report(name) for name, plan in plans.items()}
+    reports = dict(zip(plans, reports_of(list(plans.values()), list(plans)), strict=True))
 
     with interrupt_held_back(), layer_bar(pairs, "merge", progress) as bar:
         for batch in weight_batches(pairs):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -15,65 +14,15 @@ from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.decisions import grams_agree, plans_of_first
 from hpa_ext.hpa.groups import indices_by
 from hpa_ext.hpa.layer_grams import LayerGrams, read_grams
+from hpa_ext.hpa.layer_plan import LayerPlan
 from hpa_ext.hpa.naming import Naming, unnamed
-from hpa_ext.hpa.report import LayerReport
 from hpa_ext.hpa.scored import ScoredLayers
-from hpa_ext.hpa.selection import ColumnScores, Selection, select
-from hpa_ext.hpa.sharded import merge_weights, update_of
+from hpa_ext.hpa.selection import ColumnScores, select
+from hpa_ext.hpa.sharded import update_of
 from hpa_ext.hpa.sums import UpdateSums, measure
 from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
 from hpa_ext.models.sharding import is_sharded
 from hpa_ext.ops._checks import check_weight_pair
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """Everything that merging a layer needs, on its device, computed without changing a weight."""
-
-    selection: Selection
-    coefficient: Tensor
-    config: HPAConfig
-    depth: float
-    squared_update: Tensor
-    old_squared_norm: Tensor
-    dead_columns: tuple[Tensor, Tensor]
-    inverses: tuple[ops.InverseDiagonal, ops.InverseDiagonal]
-    backend: dict[str, str]
-
-    def report(self, name: str | None = None) -> LayerReport:
-        """The plan on the host. Synchronises with a device."""
-        chosen = self.selection
-        names = ("safety", "task")
-        return LayerReport(
-            name=name,
-            depth=float(self.depth),
-            retain_percent=chosen.retain_percent,
-            alpha=float(chosen.alpha),
-            projection_coefficient=float(self.coefficient),
-            retained=chosen.retained.cpu(),
-            safety_columns=chosen.safety_columns.cpu(),
-            task_columns=chosen.task_columns.cpu(),
-            shared_count=int((chosen.safety_columns & chosen.task_columns).sum()),
-            dead_columns={key: int(dead.sum()) for key, dead in zip(names, self.dead_columns, strict=True)},
-            damping_used={key: float(used.damping_used) for key, used in zip(names, self.inverses, strict=True)},
-            precision_bits={key: int(used.precision_bits) for key, used in zip(names, self.inverses, strict=True)},
-            update_norm=float(self.squared_update.double().sum().sqrt()),
-            old_norm=float(self.old_squared_norm.double().sqrt()),
-            backend=self.backend,
-        )
-
-
-def merge_layers(
-    plans: Sequence[LayerPlan], olds: Sequence[Tensor], news: Sequence[Tensor], outs: Sequence[Tensor] | None = None
-) -> list[Tensor]:
-    """The harmonized weights, written to `outs`, which may be the old or the new ones.
-
-    Of DTensors, each process writes its own part.
-    """
-    if not plans:
-        return []
-    retained, coefficients = zip(*((plan.selection.retained, plan.coefficient) for plan in plans), strict=True)
-    return merge_weights(olds, news, retained, coefficients, outs, axis=plans[0].config.granularity)
 
 
 def plan_layers(

@@ -16,6 +16,7 @@ from hpa_ext.hpa.checkpoint.job import Job
 from hpa_ext.hpa.checkpoint.progress import Progress
 from hpa_ext.hpa.checkpoint.records import manifest_report, report_of, report_record
 from hpa_ext.hpa.checkpoint.reduce import reduce_grams
+from hpa_ext.hpa.layer_plan import reports_of
 from hpa_ext.hpa.report import LayerReport, ModelReport, report_warnings
 from hpa_ext.hpa.update import WeightUpdate
 from hpa_ext.processes import Processes
@@ -41,7 +42,7 @@ class HPAMethod:
     ) -> list[tuple[Tensor, LayerReport]]:
         """Score, select and merge the modules together."""
         plans = merge.plan_modules(job, reduced, modules, updates)
-        reports = [plan.report(module) for plan, module in zip(plans, modules, strict=True)]
+        reports = reports_of(plans, modules)
         return list(zip(merge.merged_weights(job, plans, updates), reports, strict=True))
 
     def record(self, report: LayerReport) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from hpa_ext.hpa.checkpoint.keeper import Keeper
 from hpa_ext.hpa.checkpoint.pieces import Piece, Unit
 from hpa_ext.hpa.checkpoint.pipeline import run_pipeline
 from hpa_ext.hpa.checkpoint.progress import Progress
+from hpa_ext.hpa.layer_plan import LayerPlan, merge_layers
 from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.hpa.naming import naming
-from hpa_ext.hpa.plan import LayerPlan, merge_layers, plan_updates
+from hpa_ext.hpa.plan import plan_updates
 from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
 
 Diagonals = Mapping[str, Mapping[str, GramDiagonal]]
