@@ -90,13 +90,25 @@ inline Status check_column_scores(const ConstMatrix& w_old, const ConstMatrix& w
   return {};
 }
 
-inline Status check_column_mask(const ColumnMaskArguments& arguments) {
+inline Status check_column_scores(const ColumnScoresItem& item) {
+  return check_column_scores(item.w_old, item.w_new, item.result);
+}
+
+// counts may be null where the count itself is given.
+inline Status check_column_mask(const ColumnMaskItem& item) {
+  const ColumnMaskArguments& arguments = item.arguments;
   HPA_REQUIRE(arguments.batch >= 0 && arguments.batch <= 0x7fffffff, "batch: must be between 0 and 2^31 - 1");
   HPA_REQUIRE(arguments.columns >= 0 && arguments.columns <= 0x7fffffff, "columns: must be between 0 and 2^31 - 1");
   if (arguments.batch == 0 || arguments.columns == 0) return {};
   HPA_REQUIRE(arguments.scores != nullptr, "scores: must not be null");
-  HPA_REQUIRE(arguments.counts != nullptr, "counts: must not be null");
   HPA_REQUIRE(arguments.mask != nullptr, "mask: must not be null");
+  return {};
+}
+
+inline Status check_column_mask(const ColumnMaskArguments& arguments) {
+  HPA_RETURN_UNLESS_OK(check_column_mask(ColumnMaskItem{arguments}));
+  HPA_REQUIRE(arguments.counts != nullptr || arguments.batch == 0 || arguments.columns == 0,
+              "counts: must not be null");
   return {};
 }
 
@@ -118,6 +130,19 @@ inline Status check_project_merge(const ConstMatrix& w_old, const ConstMatrix& w
   HPA_REQUIRE(coefficient != nullptr, "coefficient: must not be null");
   HPA_REQUIRE(is_same_or_apart(w_old, out), "out: row_stride must be that of w_old where out is w_old");
   HPA_REQUIRE(is_same_or_apart(w_new, out), "out: row_stride must be that of w_new where out is w_new");
+  return {};
+}
+
+inline Status check_project_merge(const ProjectMergeItem& item) {
+  return check_project_merge(item.w_old, item.w_new, item.mask, item.axis, item.coefficient, item.out);
+}
+
+// The list itself, then every item of it.
+template <typename Item>
+Status check_list(const Item* items, std::int64_t count, Status (*check)(const Item&)) {
+  HPA_REQUIRE(count >= 0, "count: must not be negative");
+  HPA_REQUIRE(items != nullptr || count == 0, "items: must not be null");
+  for (std::int64_t i = 0; i < count; ++i) HPA_RETURN_UNLESS_OK(check(items[i]));
   return {};
 }
 

@@ -49,6 +49,92 @@ hpa::ConstMatrix matrix(Address data, int dtype, std::int64_t rows, std::int64_t
   return {pointer<const void>(data), static_cast<hpa::DType>(dtype), rows, columns, row_stride};
 }
 
+// w_old, its stride, w_new, its stride, dtype, rows, columns, squared_update, inner_product, old_squared_norm
+using ColumnScoresTuple = std::tuple<Address, std::int64_t, Address, std::int64_t, int, std::int64_t, std::int64_t,
+                                     Address, Address, Address>;
+
+std::vector<hpa::ColumnScoresItem> column_scores_items(const std::vector<ColumnScoresTuple>& list) {
+  std::vector<hpa::ColumnScoresItem> items;
+  items.reserve(list.size());
+  for (const auto& [w_old, old_stride, w_new, new_stride, dtype, rows, columns, squares, inner, norm] : list) {
+    items.push_back({matrix(w_old, dtype, rows, columns, old_stride),
+                     matrix(w_new, dtype, rows, columns, new_stride),
+                     {pointer<float>(squares), pointer<float>(inner), pointer<float>(norm)}});
+  }
+  return items;
+}
+
+// scores, eligible, counts (or null: count), count, mask, batch, columns
+using ColumnMaskTuple = std::tuple<Address, Address, Address, std::int64_t, Address, std::int64_t, std::int64_t>;
+
+std::vector<hpa::ColumnMaskItem> column_mask_items(const std::vector<ColumnMaskTuple>& list) {
+  std::vector<hpa::ColumnMaskItem> items;
+  items.reserve(list.size());
+  for (const auto& [scores, eligible, counts, count, mask, batch, columns] : list) {
+    items.push_back({{pointer<const float>(scores), pointer<const std::uint8_t>(eligible),
+                      pointer<const std::int64_t>(counts), pointer<std::uint8_t>(mask), batch, columns},
+                     count});
+  }
+  return items;
+}
+
+// w_old, its stride, w_new, its stride, out, its stride, dtype, rows, columns, mask, mask_rows, coefficient
+using ProjectMergeTuple = std::tuple<Address, std::int64_t, Address, std::int64_t, Address, std::int64_t, int,
+                                     std::int64_t, std::int64_t, Address, bool, Address>;
+
+std::vector<hpa::ProjectMergeItem> project_merge_items(const std::vector<ProjectMergeTuple>& list) {
+  std::vector<hpa::ProjectMergeItem> items;
+  items.reserve(list.size());
+  for (const auto& [w_old, old_stride, w_new, new_stride, out, out_stride, dtype, rows, columns, mask, mask_rows,
+                    coefficient] : list) {
+    items.push_back({matrix(w_old, dtype, rows, columns, old_stride),
+                     matrix(w_new, dtype, rows, columns, new_stride),
+                     pointer<const std::uint8_t>(mask),
+                     mask_rows ? hpa::MaskAxis::output : hpa::MaskAxis::input,
+                     pointer<const float>(coefficient),
+                     {pointer<void>(out), static_cast<hpa::DType>(dtype), rows, columns, out_stride}});
+  }
+  return items;
+}
+
+void bind_cpu_lists(py::module_ m) {
+  using namespace hpa;
+  m.def("column_scores_list", [](const std::vector<ColumnScoresTuple>& list) {
+    const std::vector<ColumnScoresItem> items = column_scores_items(list);
+    call([&] { return cpu::column_scores_list(items.data(), std::ssize(items)); });
+  });
+  m.def("column_mask_list", [](const std::vector<ColumnMaskTuple>& list) {
+    const std::vector<ColumnMaskItem> items = column_mask_items(list);
+    call([&] { return cpu::column_mask_list(items.data(), std::ssize(items)); });
+  });
+  m.def("project_merge_list", [](const std::vector<ProjectMergeTuple>& list) {
+    const std::vector<ProjectMergeItem> items = project_merge_items(list);
+    call([&] { return cpu::project_merge_list(items.data(), std::ssize(items)); });
+  });
+}
+
+void bind_cuda_lists(py::module_ m) {
+  using namespace hpa;
+  m.def("column_scores_list_workspace_bytes", [](const std::vector<ColumnScoresTuple>& list) {
+    const std::vector<ColumnScoresItem> items = column_scores_items(list);
+    return cuda::column_scores_list_workspace_bytes(items.data(), std::ssize(items));
+  });
+  m.def("column_scores_list", [](const std::vector<ColumnScoresTuple>& list, Address workspace, Address stream) {
+    const std::vector<ColumnScoresItem> items = column_scores_items(list);
+    call([&] {
+      return cuda::column_scores_list(items.data(), std::ssize(items), pointer<void>(workspace), pointer<void>(stream));
+    });
+  });
+  m.def("column_mask_list", [](const std::vector<ColumnMaskTuple>& list, Address stream) {
+    const std::vector<ColumnMaskItem> items = column_mask_items(list);
+    call([&] { return cuda::column_mask_list(items.data(), std::ssize(items), pointer<void>(stream)); });
+  });
+  m.def("project_merge_list", [](const std::vector<ProjectMergeTuple>& list, Address stream) {
+    const std::vector<ProjectMergeItem> items = project_merge_items(list);
+    call([&] { return cuda::project_merge_list(items.data(), std::ssize(items), pointer<void>(stream)); });
+  });
+}
+
 void bind_cpu(py::module_ m) {
   using namespace hpa;
   m.def("set_thread_count", &cpu::set_thread_count);
@@ -264,6 +350,10 @@ PYBIND11_MODULE(_C, m) {
     result["cuda_architectures"] = info.cuda_architectures;
     return result;
   });
-  bind_cpu(m.def_submodule("cpu", "Operations on host memory."));
-  bind_cuda(m.def_submodule("cuda", "Operations on device memory, launched on a stream."));
+  py::module_ on_host = m.def_submodule("cpu", "Operations on host memory.");
+  bind_cpu(on_host);
+  bind_cpu_lists(on_host);
+  py::module_ on_device = m.def_submodule("cuda", "Operations on device memory, launched on a stream.");
+  bind_cuda(on_device);
+  bind_cuda_lists(on_device);
 }

@@ -17,6 +17,8 @@ from hpa_ext import _C, ops
 from hpa_ext.build_info import OPERATIONS
 from hpa_ext.ops import _backend
 
+LISTS = ("gram", "column_scores", "column_mask", "project_merge")  # operations that also take lists
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow as well")
@@ -78,7 +80,7 @@ def device(
     With --emulated-cuda the CUDA cases keep their tensors on the CPU and take the operations' CUDA branch.
     """
     if request.param == "cuda" and emulated_module is not None:
-        for name in (*OPERATIONS, "gram_list"):
+        for name in (*OPERATIONS, *(f"{name}_list" for name in LISTS)):
             operation = importlib.import_module(f"hpa_ext.ops.{name}")
             monkeypatch.setattr(operation, "_C", emulated_module)
             monkeypatch.setattr(operation, "on_cuda", lambda tensor: True)

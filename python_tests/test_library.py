@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import DTYPES, assert_same_bits, is_native, normal, refuses
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hpa_ext import ops
 
@@ -50,6 +50,8 @@ def samples(operation, dtype, device):
             (w_old, w_new, mask, coefficient, "input", torch.zeros_like(w_old)),
             (w_old.mT, w_new.mT, mask, coefficient, "output", torch.zeros_like(w_old).mT),
         ]
+    if operation.endswith("_list") or operation.endswith("_list_out"):
+        return samples_of_lists(operation, dtype, device)
     assert operation == "routed_lora"
     shapes = ((2, 3, 5), (3, 4, 5), (3, 6, 4))
     tensors = [normal(*shape, dtype=dtype, device=device) for shape in shapes]
@@ -57,19 +59,42 @@ def samples(operation, dtype, device):
     return [tuple(tensors), tuple(tensor.clone().requires_grad_() for tensor in tensors)]
 
 
+def samples_of_lists(operation, dtype, device):
+    """Two layers of different shapes, the second one transposed."""
+    of_scores = torch.float64 if dtype == torch.float64 else torch.float32
+    w_old, w_new = ([normal(*s, dtype=dtype, device=device) for s in ((7, 5), (4, 3))] for _ in range(2))
+    w_old[1], w_new[1] = w_old[1].mT, w_new[1].mT
+    masks = [torch.arange(w.shape[1], device=device) % 2 == 0 for w in w_old]
+    coefficients = torch.tensor([0.25, -0.5], dtype=of_scores, device=device)
+    if operation == "column_scores_list":
+        return [(w_old, w_new), (w_old[:1], w_new[:1])]
+    if operation == "column_mask_list":
+        scores = [normal(n, dtype=of_scores, device=device) for n in (5, 8)]
+        count = torch.tensor(3, device=device)
+        return [(scores, [2, 0], [None, count], [None, scores[1] > 0])]
+    if operation == "project_merge_list":
+        return [(w_old, w_new, masks, coefficients, "input")]
+    assert operation == "project_merge_list_out"
+    return [(w_old, w_new, masks, coefficients, "input", [w.clone() for w in w_old])]
+
+
 OPERATORS = (
     "gram_accumulate_",
     "inverse_diagonal",
     "column_scores",
+    "column_scores_list",
     "column_mask",
+    "column_mask_list",
     "project_merge",
     "project_merge_out",
+    "project_merge_list",
+    "project_merge_list_out",
     "routed_lora",
 )
 CASES = [
     (operation, dtype)
     for operation in OPERATORS
-    for dtype in ((torch.float32, torch.float64) if operation in ("inverse_diagonal", "column_mask") else DTYPES_64)
+    for dtype in ((torch.float32, torch.float64) if operation in ("inverse_diagonal", "column_mask", "column_mask_list") else DTYPES_64)
 ]
 
 
@@ -88,7 +113,8 @@ def test_every_operator_is_checked():
 def test_an_unsupported_dtype_is_refused_by_the_operator_too(operation):
     arguments = list(samples(operation, torch.float32, "cpu")[0])
     place = 1 if operation == "gram_accumulate_" else 0
-    arguments[place] = arguments[place].to(torch.int32)
+    wrong = arguments[place]
+    arguments[place] = [t.to(torch.int32) for t in wrong] if isinstance(wrong, list) else wrong.to(torch.int32)
     with pytest.raises(TypeError, match=r"expected .*, got a int32 tensor"):
         getattr(torch.ops.hpa_ext, operation)(*arguments)
 
@@ -211,6 +237,43 @@ def test_gradients_of_the_compiled_routed_lora(device):
         torch.testing.assert_close(ours, gradient)
 
 
+def step_of_lists(w_old, w_new, outs, count):
+    """A step over several layers, results of one operation feeding the next."""
+    squares, inner_products, norms = ops.column_scores_list(w_old, w_new)
+    masks = ops.column_mask_list(squares, [2, count])
+    merged = ops.project_merge_list(w_old, w_new, masks, inner_products / norms)
+    ops.project_merge_list(w_old, w_new, masks, inner_products, outs=outs)
+    return *squares, *masks, *merged, *outs
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_lists_equal_eager_ones(device, dtype, dynamic):
+    compiled = torch.compile(step_of_lists, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (9, 4):
+        w_old, w_new = ([normal(rows, n, dtype=dtype, device=device) for n in (5, 33)] for _ in range(2))
+        outs = [torch.zeros_like(w) for w in w_old]
+        count = torch.tensor(7, device=device)
+        expected = [r.clone() for r in step_of_lists(w_old, w_new, [w.clone() for w in outs], count)]
+        for ours, theirs in zip(compiled(w_old, w_new, outs, count), expected, strict=True):
+            assert_same_bits(ours, theirs)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_into_the_new_weights(device):
+    w_old, w_new = ([normal(9, n, device=device) for n in (5, 33)] for _ in range(2))
+    masks, coefficients = [w[0] > 0 for w in w_old], torch.tensor([0.5, -1.0], device=device)
+    expected = ops.project_merge_list(w_old, w_new, masks, coefficients)
+    compiled = torch.compile(
+        lambda old, new: ops.project_merge_list(old, new, masks, coefficients, new), fullgraph=True, backend="aot_eager"
+    )
+    result = compiled(w_old, w_new)
+    for new, returned, theirs in zip(w_new, result, expected, strict=True):
+        assert_same_bits(new, theirs)
+        assert_same_bits(returned, theirs)
+
+
 # ------------------------------------------------------------------------------------------------- fake tensors
 
 
@@ -220,7 +283,7 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(device, operation,
     for arguments in samples(operation, dtype, device):
         real = operator(*arguments)
         with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            fakes = tree_map_only(torch.Tensor, mode.from_tensor, arguments)
             fake = operator(*fakes)
         for of_real, of_fake in zip(tree_leaves(real), tree_leaves(fake), strict=True):
             if of_real is None:

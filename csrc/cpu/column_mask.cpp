@@ -6,6 +6,7 @@
 #include "cpu/buffer.h"
 #include "cpu/checks.h"
 #include "cpu/parallel.h"
+#include "cpu/task_list.h"
 
 namespace hpa::cpu {
 namespace {
@@ -35,21 +36,35 @@ void choose(const float* scores, const std::uint8_t* eligible, std::int64_t coun
 
 }  // namespace
 
-Status column_mask(ColumnMaskArguments arguments) {
-  const auto [scores, eligible, counts, mask, batch, columns] = arguments;
-  HPA_RETURN_UNLESS_OK(check_column_mask(arguments));
-  if (batch == 0 || columns == 0) return {};
+Status column_mask_list(const ColumnMaskItem* items, std::int64_t count) {
+  HPA_RETURN_UNLESS_OK(check_list(items, count, check_column_mask));
+  TaskList tasks(count);
+  if (!tasks) return kOutOfMemory;
+  std::int64_t most_columns = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const ColumnMaskArguments& arguments = items[i].arguments;
+    tasks.add(arguments.columns > 0 ? arguments.batch : 0);
+    most_columns = std::max(most_columns, arguments.columns);
+  }
+  if (tasks.tasks() == 0) return {};
 
-  const std::int64_t slots = std::min(slot_count(), batch);
-  Buffer<std::uint64_t> keys(slots * columns);
+  const std::int64_t slots = std::min(slot_count(), tasks.tasks());
+  Buffer<std::uint64_t> keys(slots * most_columns);
   if (!keys) return kOutOfMemory;
-  parallel_for(batch, slots, [&](std::int64_t row, std::int64_t slot) {
-    choose(arguments.scores + row * arguments.columns,
-           arguments.eligible == nullptr ? nullptr : arguments.eligible + row * arguments.columns,
-           arguments.counts[row], arguments.columns, keys.data() + slot * arguments.columns,
-           arguments.mask + row * arguments.columns);
+  parallel_for(tasks.tasks(), slots, [&](std::int64_t task, std::int64_t slot) {
+    const auto [item, row] = tasks.find(task);
+    const auto& [scores, eligible, counts, mask, batch, columns] = items[item].arguments;
+    const std::int64_t wanted = counts == nullptr ? items[item].count : counts[row];
+    choose(scores + row * columns, eligible == nullptr ? nullptr : eligible + row * columns, wanted, columns,
+           keys.data() + slot * most_columns, mask + row * columns);
   });
   return {};
+}
+
+Status column_mask(ColumnMaskArguments arguments) {
+  HPA_RETURN_UNLESS_OK(check_column_mask(arguments));
+  const ColumnMaskItem item = {arguments};
+  return column_mask_list(&item, 1);
 }
 
 }  // namespace hpa::cpu

@@ -6,40 +6,59 @@
 #include "cpu/checks.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/task_list.h"
 
 namespace hpa::cpu {
 namespace {
 
 constexpr std::int64_t kTaskBytes = std::int64_t{1} << 18;
 
+std::int64_t rows_per_task(const Matrix& out) {
+  return std::max<std::int64_t>(1, kTaskBytes / (out.columns * static_cast<std::int64_t>(size_of(out.dtype))));
+}
+
+void merge_rows(const ProjectMergeItem& item, std::int64_t first, std::int64_t last) {
+  const auto& [w_old, w_new, mask, axis, coefficient, out] = item;
+  const std::int64_t element = static_cast<std::int64_t>(size_of(out.dtype));
+  const auto merge_row = kernels().merge_row[static_cast<int>(out.dtype)];
+  for (std::int64_t row = first; row < last; ++row) {
+    const char* before = static_cast<const char*>(w_old.data) + row * w_old.row_stride * element;
+    const char* after = static_cast<const char*>(w_new.data) + row * w_new.row_stride * element;
+    char* target = static_cast<char*>(out.data) + row * out.row_stride * element;
+    if (axis == MaskAxis::input) {
+      merge_row(before, after, mask, *coefficient, target, out.columns);
+    } else if (mask[row] == 0) {
+      merge_row(before, after, nullptr, *coefficient, target, out.columns);
+    } else if (target != before) {
+      std::memcpy(target, before, static_cast<std::size_t>(out.columns * element));
+    }
+  }
+}
+
 }  // namespace
+
+Status project_merge_list(const ProjectMergeItem* items, std::int64_t count) {
+  HPA_RETURN_UNLESS_OK(check_list(items, count, check_project_merge));
+  TaskList tasks(count);
+  if (!tasks) return kOutOfMemory;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const Matrix& out = items[i].out;
+    const std::int64_t rows = is_empty(out) ? 1 : rows_per_task(out);
+    tasks.add(is_empty(out) ? 0 : (out.rows + rows - 1) / rows);
+  }
+  parallel_for(tasks.tasks(), [&](std::int64_t number) {
+    const auto [item, task] = tasks.find(number);
+    const Matrix& out = items[item].out;
+    const std::int64_t rows = rows_per_task(out);
+    merge_rows(items[item], task * rows, std::min(out.rows, (task + 1) * rows));
+  });
+  return {};
+}
 
 Status project_merge(ConstMatrix w_old, ConstMatrix w_new, const std::uint8_t* mask, MaskAxis axis,
                      const float* coefficient, Matrix out) {
-  HPA_RETURN_UNLESS_OK(check_project_merge(w_old, w_new, mask, axis, coefficient, out));
-  if (is_empty(out)) return {};
-
-  const std::int64_t element = static_cast<std::int64_t>(size_of(out.dtype));
-  const std::int64_t row_bytes = out.columns * element;
-  const std::int64_t task_rows = std::max<std::int64_t>(1, kTaskBytes / row_bytes);
-  const float factor = *coefficient;
-  const auto merge_row = kernels().merge_row[static_cast<int>(out.dtype)];
-  parallel_for((out.rows + task_rows - 1) / task_rows, [&](std::int64_t task) {
-    const std::int64_t last = std::min(out.rows, (task + 1) * task_rows);
-    for (std::int64_t row = task * task_rows; row < last; ++row) {
-      const char* before = static_cast<const char*>(w_old.data) + row * w_old.row_stride * element;
-      const char* after = static_cast<const char*>(w_new.data) + row * w_new.row_stride * element;
-      char* target = static_cast<char*>(out.data) + row * out.row_stride * element;
-      if (axis == MaskAxis::input) {
-        merge_row(before, after, mask, factor, target, out.columns);
-      } else if (mask[row] == 0) {
-        merge_row(before, after, nullptr, factor, target, out.columns);
-      } else if (target != before) {
-        std::memcpy(target, before, static_cast<std::size_t>(row_bytes));
-      }
-    }
-  });
-  return {};
+  const ProjectMergeItem item = {w_old, w_new, mask, axis, coefficient, out};
+  return project_merge_list(&item, 1);
 }
 
 }  // namespace hpa::cpu

@@ -24,12 +24,16 @@ Status inverse_diagonal(MatrixBatch, double, Precision, InverseDiagonalResult, v
 
 std::size_t column_scores_workspace_bytes(std::int64_t, std::int64_t) { return 0; }
 Status column_scores(ConstMatrix, ConstMatrix, ColumnScores, void*, Stream) { return kAbsent; }
+std::size_t column_scores_list_workspace_bytes(const ColumnScoresItem*, std::int64_t) { return 0; }
+Status column_scores_list(const ColumnScoresItem*, std::int64_t, void*, Stream) { return kAbsent; }
 
 Status column_mask(ColumnMaskArguments, Stream) { return kAbsent; }
+Status column_mask_list(const ColumnMaskItem*, std::int64_t, Stream) { return kAbsent; }
 
 Status project_merge(ConstMatrix, ConstMatrix, const std::uint8_t*, MaskAxis, const float*, Matrix, Stream) {
   return kAbsent;
 }
+Status project_merge_list(const ProjectMergeItem*, std::int64_t, Stream) { return kAbsent; }
 
 std::size_t routed_lora_workspace_bytes(const RoutedLoraArguments&) { return 0; }
 Status routed_lora(RoutedLoraArguments, void*, Stream) { return kAbsent; }

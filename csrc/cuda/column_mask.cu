@@ -1,8 +1,9 @@
-// column_mask: exactly the k highest scores of each row, ties to the lower index. One block per row: a radix select
-// finds the k-th largest key in four passes of eight bits over integer counts, then one ordered pass writes the mask.
-// Everything is counted in integers, so the order of the atomics cannot show. Emulated on the CPU only; not yet run on
-// a GPU (docs/kernels.md).
+// column_mask: exactly the k highest scores of each row, ties to the lower index, for a list of layers in one launch.
+// One block per row: a radix select finds the k-th largest key in four passes of eight bits over integer counts, then
+// one ordered pass writes the mask. Everything is counted in integers, so the order of the atomics cannot show.
+// Emulated on the CPU only; not yet run on a GPU (docs/kernels.md).
 #include "cuda/check.cuh"
+#include "cuda/item_table.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/numeric.cuh"
 #include "hpa/column_mask.h"
@@ -27,18 +28,29 @@ struct Selection {
   unsigned remaining;    // how many to take among the keys with this prefix
 };
 
-__global__ void __launch_bounds__(kThreads) select_highest(ColumnMaskArguments arguments) {
+struct Scores {
+  const float* scores;           // [rows, columns]
+  const std::uint8_t* eligible;  // [rows, columns] or null
+  const std::int64_t* counts;    // [rows] or null
+  std::uint8_t* mask;            // [rows, columns]
+  std::int64_t count;            // of every row where counts is null
+  std::int32_t rows, columns;
+};
+
+template <int kItems>
+__global__ void __launch_bounds__(kThreads) select_highest(const __grid_constant__ ItemTable<Scores, kItems> table) {
   HPA_SHARED(histogram, unsigned[kDigits]);
   HPA_SHARED(selection, Selection);
   HPA_SHARED(tie_counts, unsigned[2][kWarps]);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const std::int64_t columns = arguments.columns;
-
-  const std::int64_t row = blockIdx.x;
-  const float* const scores = arguments.scores + row * columns;
-  const std::uint8_t* const eligible = arguments.eligible == nullptr ? nullptr : arguments.eligible + row * columns;
-  std::uint8_t* const mask = arguments.mask + row * columns;
+  const int index = item_of(table, blockIdx.x);
+  const Scores& item = table.items[index];
+  const std::int64_t columns = item.columns;
+  const std::int64_t row = blockIdx.x - table.first_block[index];
+  const float* const scores = item.scores + row * columns;
+  const std::uint8_t* const eligible = item.eligible == nullptr ? nullptr : item.eligible + row * columns;
+  std::uint8_t* const mask = item.mask + row * columns;
   std::uint32_t prefix = 0;
   unsigned remaining = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
@@ -65,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) select_highest(ColumnMaskArguments a
       }
       if (shift == 24) {
         const unsigned total = __shfl_sync(0xffffffffu, through, kWarp - 1);
-        const std::int64_t wanted = arguments.counts[row];
+        const std::int64_t wanted = item.counts == nullptr ? item.count : item.counts[row];
         remaining = wanted <= 0 ? 0u : (wanted >= total ? total : static_cast<unsigned>(wanted));
         if (remaining == 0 && lane == 0) selection = {0u, 0u};
       }
@@ -105,12 +117,33 @@ __global__ void __launch_bounds__(kThreads) select_highest(ColumnMaskArguments a
   }
 }
 
+Scores scores_of(const ColumnMaskItem& item) {
+  const auto& [scores, eligible, counts, mask, batch, columns] = item.arguments;
+  return {
+      scores, eligible, counts, mask, item.count, static_cast<std::int32_t>(batch), static_cast<std::int32_t>(columns)};
+}
+
 }  // namespace
+
+Status column_mask_list(const ColumnMaskItem* items, std::int64_t count, Stream stream) {
+  HPA_RETURN_UNLESS_OK(check_list(items, count, check_column_mask));
+  Scores scores[kManyItems];
+  for (std::int64_t first = 0; first < count; first += kManyItems) {
+    const int here = static_cast<int>(smaller<std::int64_t>(kManyItems, count - first));
+    for (int i = 0; i < here; ++i) scores[i] = scores_of(items[first + i]);
+    HPA_RETURN_UNLESS_OK(launch_items(
+        scores, here, [](const Scores& item) { return std::int64_t{item.columns > 0 ? item.rows : 0}; },
+        [&]<int kItems>(const ItemTable<Scores, kItems>& table, dim3 grid) {
+          return launch(select_highest<kItems>, grid, kThreads, 0, stream, table);
+        }));
+  }
+  return {};
+}
 
 Status column_mask(ColumnMaskArguments arguments, Stream stream) {
   HPA_RETURN_UNLESS_OK(check_column_mask(arguments));
-  if (arguments.batch == 0 || arguments.columns == 0) return {};
-  return launch(select_highest, grid_of(arguments.batch), kThreads, 0, stream, arguments);
+  const ColumnMaskItem item = {arguments};
+  return column_mask_list(&item, 1, stream);
 }
 
 }  // namespace hpa::cuda

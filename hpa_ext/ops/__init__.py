@@ -6,13 +6,16 @@ the checks. None of them knows of models or files.
 
 from hpa_ext.ops._backend import backend_of, cuda_gram_kernel, native_cuda
 from hpa_ext.ops.column_mask import column_mask
+from hpa_ext.ops.column_mask_list import column_mask_list
 from hpa_ext.ops.column_scores import column_scores
+from hpa_ext.ops.column_scores_list import column_scores_list
 from hpa_ext.ops.gram import gram_accumulate_
 from hpa_ext.ops.gram_list import gram_accumulate_list_
 from hpa_ext.ops.instruction_set import instruction_set
 from hpa_ext.ops.inverse_diagonal import InverseDiagonal, inverse_diagonal
 from hpa_ext.ops.inverse_diagonal_rows import RowsDiagonal, inverse_diagonal_of_rows
 from hpa_ext.ops.project_merge import project_merge
+from hpa_ext.ops.project_merge_list import project_merge_list
 from hpa_ext.ops.routed_lora import routed_lora
 
 __all__ = [
@@ -20,7 +23,9 @@ __all__ = [
     "RowsDiagonal",
     "backend_of",
     "column_mask",
+    "column_mask_list",
     "column_scores",
+    "column_scores_list",
     "cuda_gram_kernel",
     "gram_accumulate_",
     "gram_accumulate_list_",
@@ -29,5 +34,6 @@ __all__ = [
     "inverse_diagonal_of_rows",
     "native_cuda",
     "project_merge",
+    "project_merge_list",
     "routed_lora",
 ]

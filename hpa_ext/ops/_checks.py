@@ -44,12 +44,12 @@ def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, dtyp
         raise TypeError(f"{name}: expected dtype {other.dtype} like {other_name}, got {describe(value)}")
 
 
-def check_weight_pair(w_old: Tensor, w_new: Tensor) -> None:
-    """Two weights [out, in] of one shape, dtype and device."""
-    check_tensor("w_old", w_old, "[out, in]", 2, WEIGHT_DTYPES)
-    check_tensor("w_new", w_new, "[out, in]", 2, WEIGHT_DTYPES)
-    check_shape("w_new", w_new, tuple(w_old.shape), "like w_old")
-    check_same("w_new", w_new, "w_old", w_old)
+def check_weight_pair(w_old: Tensor, w_new: Tensor, of: str = "") -> None:
+    """Two weights [out, in] of one shape, dtype and device; `of` follows their names, such as "[3]" in a list."""
+    check_tensor(f"w_old{of}", w_old, "[out, in]", 2, WEIGHT_DTYPES)
+    check_tensor(f"w_new{of}", w_new, "[out, in]", 2, WEIGHT_DTYPES)
+    check_shape(f"w_new{of}", w_new, tuple(w_old.shape), f"like w_old{of}")
+    check_same(f"w_new{of}", w_new, f"w_old{of}", w_old)
 
 
 def is_number(value: object) -> bool:

@@ -12,15 +12,33 @@ struct ColumnScores {
   float* old_squared_norm;  // []    ||w_old||_F^2
 };
 
+// One layer of a list. Layers of a list may differ in shape, dtype and strides.
+struct ColumnScoresItem {
+  ConstMatrix w_old;  // [out, in]
+  ConstMatrix w_new;  // [out, in], of the dtype of w_old
+  ColumnScores result;
+};
+
 namespace cpu {
 
-// w_old, w_new [out, in] of one dtype. Differences and products in float32, sums in a fixed order that does not
-// depend on the number of threads. Both weights are read once.
+// Differences and products in float32, sums in a fixed order that depends on a layer's own shape alone: neither the
+// number of threads nor what else is in the list shows in the bits. Both weights are read once. Scratch memory for
+// 32 MiB of partial sums at most, or for the largest layer's where those are more, however long the list is.
+Status column_scores_list(const ColumnScoresItem* items, std::int64_t count);
+
+// A list of one.
 Status column_scores(ConstMatrix w_old, ConstMatrix w_new, ColumnScores result);
 
 }  // namespace cpu
 namespace cuda {
 
+// Two launches for up to 256 layers, whatever their shapes, dtypes and strides; the items themselves lie in host memory
+// and travel as kernel parameters. `workspace`: column_scores_list_workspace_bytes(items, count) bytes of device
+// memory, some 1 MB a layer, used again for every 256 layers.
+std::size_t column_scores_list_workspace_bytes(const ColumnScoresItem* items, std::int64_t count);
+Status column_scores_list(const ColumnScoresItem* items, std::int64_t count, void* workspace, Stream stream);
+
+// A list of one.
 std::size_t column_scores_workspace_bytes(std::int64_t rows, std::int64_t columns);
 Status column_scores(ConstMatrix w_old, ConstMatrix w_new, ColumnScores result, void* workspace, Stream stream);
 
