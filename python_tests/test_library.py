@@ -94,7 +94,11 @@ OPERATORS = (
 CASES = [
     (operation, dtype)
     for operation in OPERATORS
-    for dtype in ((torch.float32, torch.float64) if operation in ("inverse_diagonal", "column_mask", "column_mask_list") else DTYPES_64)
+    for dtype in (
+        (torch.float32, torch.float64)
+        if operation in ("inverse_diagonal", "column_mask", "column_mask_list")
+        else DTYPES_64
+    )
 ]
 
 

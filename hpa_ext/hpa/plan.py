@@ -12,12 +12,12 @@ from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import AnyGram
 from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.decisions import grams_agree, plans_of_first
-from hpa_ext.hpa.groups import indices_by
+from hpa_ext.hpa.groups import indices_by, served_together
 from hpa_ext.hpa.layer_grams import LayerGrams, read_grams
 from hpa_ext.hpa.layer_plan import LayerPlan
 from hpa_ext.hpa.naming import Naming, unnamed
 from hpa_ext.hpa.scored import ScoredLayers
-from hpa_ext.hpa.selection import ColumnScores, select
+from hpa_ext.hpa.selection import ColumnScores, Selection, select
 from hpa_ext.hpa.sharded import update_of
 from hpa_ext.hpa.sums import UpdateSums, measure
 from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
@@ -121,17 +121,17 @@ def plan_measured(
         for index in sorted(failures)[:1]:
             with naming(index):
                 raise failures[index]
-    chosen = select(
-        [
-            ColumnScores(*group.scores, group.alpha, [depths[i] for i in indices])
-            for group, indices in zip(groups, alike, strict=True)
-        ],
-        config,
-    )
+    scores = [
+        ColumnScores(*group.scores, group.alpha, [depths[i] for i in indices])
+        for group, indices in zip(groups, alike, strict=True)
+    ]
+    chosen: dict[int, list[Selection]] = {}
+    for together in served_together([group.scores[0] for group in groups]):
+        chosen.update(zip(together, select([scores[number] for number in together], config), strict=True))
     plans: dict[int, LayerPlan] = {}
-    for group, indices, selections in zip(groups, alike, chosen, strict=True):
+    for number, (group, indices) in enumerate(zip(groups, alike, strict=True)):
         coefficients = group.coefficients(config, check=check).unbind()
-        for index, selection, coefficient in zip(indices, selections, coefficients, strict=True):
+        for index, selection, coefficient in zip(indices, chosen[number], coefficients, strict=True):
             plans[index] = LayerPlan(
                 selection=selection,
                 coefficient=coefficient,

@@ -89,6 +89,4 @@ def _fake(w_old: list[Tensor], w_new: list[Tensor]) -> tuple[list[Tensor], Tenso
     )
 
 
-register(
-    "column_scores_list(Tensor[] w_old, Tensor[] w_new) -> (Tensor[], Tensor, Tensor)", _column_scores_list, _fake
-)
+register("column_scores_list(Tensor[] w_old, Tensor[] w_new) -> (Tensor[], Tensor, Tensor)", _column_scores_list, _fake)
