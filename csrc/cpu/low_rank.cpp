@@ -68,23 +68,20 @@ class Operands {
   void for_each_block(Body&& body) {
     parallel_for(strips() * blocks(), slot_count(), [&](std::int64_t task, std::int64_t slot) {
       const std::int64_t first_row = task % strips() * kStripRows, first_panel = task / strips() * block_panels_;
-      const std::int64_t last_panel = std::min(panels_, first_panel + block_panels_);
+      const std::int64_t last_panel = std::min(panels_, first_panel + block_panels_), column = first_panel * kPanel;
       std::uint32_t* left = left_.data() + slot * (panel() + kPanel * depth_);
       for (std::int64_t row = first_row; row < std::min(w_old_.rows, first_row + kStripRows); row += kPanel) {
         const std::int64_t rows = std::min(kPanel, w_old_.rows - row);
         pack_left(row, rows, left, left + panel());
-        for (std::int64_t p = first_panel; p < last_panel; ++p) {
-          const std::int64_t column = p * kPanel;
-          const LowRankBlock block = {left,
-                                      right_.data() + p * panel(),
-                                      depth_,
-                                      rows,
-                                      std::min(kPanel, w_old_.columns - column),
-                                      update_.scaling,
-                                      at(w_old_, row, column),
-                                      w_old_.row_stride};
-          body(task, block, row, column);
-        }
+        const LowRankBlock block = {left,
+                                    right_.data() + first_panel * panel(),
+                                    depth_,
+                                    rows,
+                                    std::min(w_old_.columns, last_panel * kPanel) - column,
+                                    update_.scaling,
+                                    at(w_old_, row, column),
+                                    w_old_.row_stride};
+        body(task, block, row, column);
       }
     });
   }
@@ -121,26 +118,45 @@ class Operands {
   Buffer<std::int64_t> order_;
 };
 
-// out = w * gain + D; `keep` where bits are retained, along the axis as `gain`.
-Status add(const ConstMatrix& w, const LowRankUpdate& update, const float* gain, const std::uint8_t* keep,
-           MaskAxis axis, const Matrix& out) {
+// Gain and mask along one axis of the weight, as long as whole panels: the inner loops read them by the vector.
+class AlongAxis {
+ public:
+  AlongAxis(std::int64_t length, float gain, const float* gains, const std::uint8_t* mask)
+      : gain_(groups(length, kPanel) * kPanel), keep_(groups(length, kPanel) * kPanel) {
+    if (!allocated()) return;
+    const std::int64_t padded = groups(length, kPanel) * kPanel;
+    std::fill(gain_.data(), gain_.data() + padded, gain);
+    std::fill(keep_.data(), keep_.data() + padded, std::uint8_t{0});
+    if (gains != nullptr) std::copy(gains, gains + length, gain_.data());
+    if (mask != nullptr) std::copy(mask, mask + length, keep_.data());
+  }
+  bool allocated() const { return gain_ && keep_; }
+  const float* gain(std::int64_t i) const { return gain_.data() + i; }
+  const std::uint8_t* keep(std::int64_t i) const { return keep_.data() + i; }
+
+ private:
+  Buffer<float> gain_;
+  Buffer<std::uint8_t> keep_;
+};
+
+Status merge(const ConstMatrix& w, const LowRankUpdate& update, const AlongAxis& along, MaskAxis axis,
+             const Matrix& out) {
   Operands operands(w, update);
-  if (!operands.allocated()) return kOutOfMemory;
+  if (!operands.allocated() || !along.allocated()) return kOutOfMemory;
   operands.pack_right();
   const int dtype = static_cast<int>(w.dtype);
   const auto merge_block = operands.pairs() ? kernels().low_rank_pair_merge[dtype] : kernels().low_rank_merge[dtype];
   const bool by_row = axis == MaskAxis::output;
   operands.for_each_block([&](std::int64_t, const LowRankBlock& block, std::int64_t row, std::int64_t column) {
-    const std::int64_t along = by_row ? row : column;
+    const std::int64_t i = by_row ? row : column;
     char* target = static_cast<char*>(out.data) +
                    (row * out.row_stride + column) * static_cast<std::int64_t>(size_of(out.dtype));
-    merge_block(block, {gain + along, keep == nullptr ? nullptr : keep + along, by_row, target, out.row_stride});
+    merge_block(block, {along.gain(i), along.keep(i), by_row, target, out.row_stride});
   });
   return {};
 }
 
-// Gains are read a panel at a time.
-std::int64_t padded(std::int64_t length) { return groups(length, kPanel) * kPanel; }
+std::int64_t length_of(MaskAxis axis, const Matrix& out) { return axis == MaskAxis::input ? out.columns : out.rows; }
 
 }  // namespace
 
@@ -187,22 +203,13 @@ Status low_rank_merge(ConstMatrix w_old, LowRankUpdate update, const std::uint8_
                       const float* coefficient, Matrix out) {
   HPA_RETURN_UNLESS_OK(check_low_rank_merge(w_old, update, mask, axis, coefficient, out));
   if (is_empty(out)) return {};
-  const std::int64_t length = axis == MaskAxis::input ? out.columns : out.rows;
-  Buffer<float> gain(padded(length));
-  if (!gain) return kOutOfMemory;
-  std::fill(gain.data(), gain.data() + padded(length), 1.0f - *coefficient);
-  return add(w_old, update, gain.data(), mask, axis, out);
+  return merge(w_old, update, AlongAxis(length_of(axis, out), 1.0f - *coefficient, nullptr, mask), axis, out);
 }
 
 Status low_rank_add(ConstMatrix w, LowRankUpdate update, const float* gain, MaskAxis axis, Matrix out) {
   HPA_RETURN_UNLESS_OK(check_low_rank_add(w, update, axis, out));
   if (is_empty(out)) return {};
-  const std::int64_t length = axis == MaskAxis::input ? out.columns : out.rows;
-  Buffer<float> gains(padded(length));
-  if (!gains) return kOutOfMemory;
-  std::fill(gains.data(), gains.data() + padded(length), 1.0f);
-  if (gain != nullptr) std::copy(gain, gain + length, gains.data());
-  return add(w, update, gains.data(), nullptr, axis, out);
+  return merge(w, update, AlongAxis(length_of(axis, out), 1.0f, gain, nullptr), axis, out);
 }
 
 }  // namespace hpa::cpu

@@ -35,21 +35,22 @@ struct FactorKernels {
   void (*column_norms)(std::int64_t rows, const T* y, double* sums);
 };
 
-// A block of the update D = scaling * B A: up to kPanel rows, and the columns of one panel. Operands are panels
+// A block of the update D = scaling * B A: up to kPanel rows, and the columns of some panels of A. Panels are
 // [depth][kPanel] of float32, or of pairs of bfloat16 that are neighbours along the rank.
 struct LowRankBlock {
-  const void* left;   // rows of B; zeros past `rows`
-  const void* right;  // columns of A; zeros past `columns`
+  const void* left;   // rows of B as one panel; zeros past `rows`
+  const void* right;  // columns of A as panels, one after the other; zeros past `columns`
   std::int64_t depth, rows, columns;
   float scaling;
   const void* w_old;  // at the block's first element
   std::int64_t old_stride;
 };
 
-// How a block of D is merged. Along the columns: gain[j], keep[j]; along the rows, with `by_row`: gain[i], keep[i].
+// How a block of D is merged: gain[j] and keep[j] along the columns, or gain[i] and keep[i] along the rows. Both arrays
+// reach to the end of the last panel.
 struct LowRankMerge {
-  const float* gain;         // kPanel elements along the columns, whatever the block's size
-  const std::uint8_t* keep;  // null: nothing is retained
+  const float* gain;
+  const std::uint8_t* keep;
   bool by_row;
   void* out;
   std::int64_t out_stride;

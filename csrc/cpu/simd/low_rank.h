@@ -11,15 +11,35 @@ namespace {
 
 constexpr int kTileWidth = kTileVectors * kLanes;
 
-// The rows of the same tile in the next panel, of which the hardware sees too few bytes at a time to follow them.
+// Bytes that each row is fetched ahead, as in column_scores.
+constexpr std::int64_t kFetchAhead = 512;
+
 template <typename T>
-HPA_INLINE void fetch_next(const T* w, std::int64_t stride) {
+HPA_INLINE void fetch_ahead(const T* w, std::int64_t stride) {
+  constexpr std::int64_t kElements = kFetchAhead / static_cast<std::int64_t>(sizeof(T));
   HPA_UNROLL
   for (int row = 0; row < kTileRows; ++row) {
-    const T* next = w + row * stride + kPanel;
-    __builtin_prefetch(next);
-    if constexpr (kTileWidth * sizeof(T) > 64) __builtin_prefetch(next + 64 / sizeof(T));
-    if constexpr (kTileWidth * sizeof(T) > 128) __builtin_prefetch(next + 128 / sizeof(T));
+    HPA_UNROLL
+    for (int byte = 0; byte < kTileWidth * static_cast<int>(sizeof(T)); byte += 64) {
+      __builtin_prefetch(w + row * stride + kElements + byte / static_cast<int>(sizeof(T)));
+    }
+  }
+}
+
+// Calls body(i, j, product) for every register tile of the block, along the rows, as memory is: a tile of D at row i
+// and column j.
+template <typename T, typename Product, typename Body>
+HPA_INLINE void for_each_tile(const LowRankBlock& block, std::int64_t i, std::int64_t first, std::int64_t last,
+                              Body&& body) {
+  using Element = typename Product::Element;
+  const T* w = static_cast<const T*>(block.w_old) + i * block.old_stride;
+  const Element* left = static_cast<const Element*>(block.left) + i;
+  const Element* right = static_cast<const Element*>(block.right);
+  for (std::int64_t j = first; j < last; j += kTileWidth) {
+    fetch_ahead(w + j, block.old_stride);
+    F32 product[kTileRows][kTileVectors];
+    Product::tile(block.depth, left, right + j / kPanel * block.depth * kPanel + j % kPanel, product);
+    body(w + j, j, product);
   }
 }
 
@@ -56,35 +76,27 @@ HPA_INLINE void score_tile(const F32 (&product)[kTileRows][kTileVectors], F32 sc
   }
 }
 
-template <typename T, bool kWhole>
+template <typename T, bool kByRow, bool kWhole>
 HPA_INLINE void merge_tile(const F32 (&product)[kTileRows][kTileVectors], F32 scaling, const T* w, std::int64_t stride,
-                           std::int64_t rows, std::int64_t columns, const LowRankMerge& merge, std::int64_t first_row,
-                           std::int64_t first_column, T* out) {
+                           std::int64_t rows, std::int64_t columns, const float* gain, const std::uint8_t* keep, T* out,
+                           std::int64_t out_stride) {
   HPA_UNROLL
   for (int v = 0; v < kTileVectors; ++v) {
-    const std::int64_t left = columns - v * kLanes, column = first_column + v * kLanes;
+    const std::int64_t left = columns - v * kLanes;
     if (!kWhole && left <= 0) break;
     const bool whole_vector = kWhole || left >= kLanes;
-    F32 gain = {};
-    alignas(kLanes) std::uint8_t keep[kLanes] = {};
-    if (!merge.by_row) {
-      gain = load_vector<F32>(merge.gain + column);
-      if (merge.keep != nullptr) __builtin_memcpy(keep, merge.keep + column, whole_vector ? kLanes : left);
-    }
     HPA_UNROLL
     for (int row = 0; row < kTileRows; ++row) {
       if (!kWhole && row >= rows) break;
       const T* source = w + row * stride + v * kLanes;
-      T* target = out + row * merge.out_stride + v * kLanes;
+      T* target = out + row * out_stride + v * kLanes;
       const Stored<T> before = whole_vector ? load_stored(source) : load_stored(source, left);
-      if (merge.by_row) gain = broadcast(merge.gain[first_row + row]);
-      Stored<T> result = narrow(multiply_add(widen(before, source), gain, scaling * product[row][v]), out);
-      if (merge.keep != nullptr) {
-        if (!merge.by_row) {
-          result = choose(keep, before, result);
-        } else if (merge.keep[first_row + row] != 0) {
-          result = before;
-        }
+      const F32 factor = kByRow ? broadcast(gain[row]) : load_vector<F32>(gain + v * kLanes);
+      Stored<T> result = narrow(multiply_add(widen(before, source), factor, scaling * product[row][v]), out);
+      if constexpr (kByRow) {
+        if (keep[row] != 0) result = before;
+      } else {
+        result = choose(keep + v * kLanes, before, result);
       }
       if (whole_vector) {
         store_vector(target, result);
@@ -95,58 +107,65 @@ HPA_INLINE void merge_tile(const F32 (&product)[kTileRows][kTileVectors], F32 sc
   }
 }
 
+// Columns between two additions to float64: longer float32 sums would lose digits.
+constexpr std::int64_t kScalarColumns = 16 * kPanel;
+
 // Product: a struct whose static tile(depth, left, right, sum) computes a tile from panels of its Element.
 template <typename T, typename Product>
 void score_block(const LowRankBlock& block, float* squared_update, double* scalars) {
-  using Element = typename Product::Element;
-  const T* w_old = static_cast<const T*>(block.w_old);
   const F32 scaling = broadcast(block.scaling);
-  ScoreSums sums = {};
-  for (std::int64_t j = 0; j < block.columns; j += kTileWidth) {
-    const std::int64_t columns = block.columns - j;
-    for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
-      const std::int64_t rows = block.rows - i;
-      const T* w = w_old + i * block.old_stride + j;
-      fetch_next(w, block.old_stride);
-      F32 product[kTileRows][kTileVectors];
-      Product::tile(block.depth, static_cast<const Element*>(block.left) + i,
-                    static_cast<const Element*>(block.right) + j, product);
-      if (rows >= kTileRows && columns >= kTileWidth) {
-        score_tile<T, true>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
-      } else {
-        score_tile<T, false>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
+  for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
+    const std::int64_t rows = block.rows - i;
+    for (std::int64_t first = 0; first < block.columns; first += kScalarColumns) {
+      const std::int64_t last = first + kScalarColumns < block.columns ? first + kScalarColumns : block.columns;
+      ScoreSums sums = {};
+      for_each_tile<T, Product>(block, i, first, last, [&](const T* w, std::int64_t j, const auto& product)
+                                                           __attribute__((always_inline)) {
+        const std::int64_t columns = block.columns - j;
+        if (rows >= kTileRows && columns >= kTileWidth) {
+          score_tile<T, true>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
+        } else {
+          score_tile<T, false>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
+        }
+      });
+      for (int v = 0; v < kTileVectors; ++v) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          scalars[0] += static_cast<double>(sums.inner[v][lane]);
+          scalars[1] += static_cast<double>(sums.norm[v][lane]);
+        }
       }
     }
   }
-  for (int v = 0; v < kTileVectors; ++v) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      scalars[0] += static_cast<double>(sums.inner[v][lane]);
-      scalars[1] += static_cast<double>(sums.norm[v][lane]);
-    }
+}
+
+template <typename T, typename Product, bool kByRow>
+void merge_rows(const LowRankBlock& block, const LowRankMerge& merge) {
+  const F32 scaling = broadcast(block.scaling);
+  for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
+    const std::int64_t rows = block.rows - i;
+    T* out = static_cast<T*>(merge.out) + i * merge.out_stride;
+    for_each_tile<T, Product>(block, i, 0, block.columns, [&](const T* w, std::int64_t j, const auto& product)
+                                                              __attribute__((always_inline)) {
+      const std::int64_t columns = block.columns - j, along = kByRow ? i : j;
+      const float* gain = merge.gain + along;
+      const std::uint8_t* keep = merge.keep + along;
+      if (rows >= kTileRows && columns >= kTileWidth) {
+        merge_tile<T, kByRow, true>(product, scaling, w, block.old_stride, rows, columns, gain, keep, out + j,
+                                    merge.out_stride);
+      } else {
+        merge_tile<T, kByRow, false>(product, scaling, w, block.old_stride, rows, columns, gain, keep, out + j,
+                                     merge.out_stride);
+      }
+    });
   }
 }
 
 template <typename T, typename Product>
 void merge_block(const LowRankBlock& block, const LowRankMerge& merge) {
-  using Element = typename Product::Element;
-  const T* w_old = static_cast<const T*>(block.w_old);
-  const F32 scaling = broadcast(block.scaling);
-  for (std::int64_t j = 0; j < block.columns; j += kTileWidth) {
-    const std::int64_t columns = block.columns - j;
-    for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
-      const std::int64_t rows = block.rows - i;
-      const T* w = w_old + i * block.old_stride + j;
-      T* out = static_cast<T*>(merge.out) + i * merge.out_stride + j;
-      fetch_next(w, block.old_stride);
-      F32 product[kTileRows][kTileVectors];
-      Product::tile(block.depth, static_cast<const Element*>(block.left) + i,
-                    static_cast<const Element*>(block.right) + j, product);
-      if (rows >= kTileRows && columns >= kTileWidth) {
-        merge_tile<T, true>(product, scaling, w, block.old_stride, rows, columns, merge, i, j, out);
-      } else {
-        merge_tile<T, false>(product, scaling, w, block.old_stride, rows, columns, merge, i, j, out);
-      }
-    }
+  if (merge.by_row) {
+    merge_rows<T, Product, true>(block, merge);
+  } else {
+    merge_rows<T, Product, false>(block, merge);
   }
 }
 
