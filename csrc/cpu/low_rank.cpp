@@ -1,6 +1,7 @@
 #include "hpa/low_rank.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "cpu/buffer.h"
@@ -46,7 +47,7 @@ class Operands {
   std::int64_t strips() const { return groups(w_old_.rows, kStripRows); }
 
   void pack_right() {
-    for (std::int64_t k = 0; k < rank_; ++k) order_[k] = k;
+    for (std::int64_t k = 0; k < rank_; ++k) order_[k] = pairs_ ? place_in_pair(k) : k;
     const Kernels& loops = kernels();
     const ConstMatrix& a = update_.a;
     parallel_for(groups(panels_, kPackPanels), [&](std::int64_t task) {
@@ -90,6 +91,10 @@ class Operands {
   std::int64_t panel() const { return depth_ * kPanel; }
   std::int64_t panel_bytes() const { return std::max<std::int64_t>(1, panel()) * 4; }
 
+  // vdpbf16ps adds the product of the upper halves first: with the earlier element there, a sum is in the order of the
+  // rank, and has the bits that float32 arithmetic gives. The last element of an odd rank is paired with zero.
+  std::int64_t place_in_pair(std::int64_t k) const { return k + 1 == rank_ && k % 2 == 0 ? k : k ^ 1; }
+
   // Rows of B side by side. Pairs are moved as the 32 bits that they are.
   void pack_left(std::int64_t row, std::int64_t rows, std::uint32_t* out, std::uint32_t* scratch) const {
     const Kernels& loops = kernels();
@@ -105,6 +110,9 @@ class Operands {
     for (std::int64_t i = 0; i < rows && rank_ > 0; ++i) {
       std::memcpy(rows_of_b + static_cast<std::size_t>(i * width) * element, at(b, row + i, 0),
                   static_cast<std::size_t>(rank_) * element);
+      for (std::int64_t k = 0; pairs_ && k < rank_ / 2; ++k) {
+        scratch[i * depth_ + k] = std::rotl(scratch[i * depth_ + k], 16);
+      }
     }
     const DType moved = pairs_ ? DType::float32 : b.dtype;
     loops.pack_transposed[static_cast<int>(moved)](scratch, rows, depth_, reinterpret_cast<float*>(out));

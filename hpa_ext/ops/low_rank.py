@@ -18,6 +18,9 @@ from hpa_ext.ops._backend import (
 from hpa_ext.ops._checks import WEIGHT_DTYPES, check_same, check_shape, check_tensor, describe, is_number
 from hpa_ext.ops._library import register
 
+LOW_RANK_DTYPES = WEIGHT_DTYPES
+"""What a weight, A and B may be stored in; float64 of any of them is served by torch."""
+
 _AXES = ("input", "output")
 
 
@@ -206,8 +209,8 @@ def _check_add(
 class _Native:
     """A weight, the factors and the place of the result as the native module takes them.
 
-    A weight whose columns lie together (Conv1D, embeddings) is taken as its transpose: ``D^T = scaling * a^T b^T``, with
-    the axes exchanged. Each element of D is the same sum either way.
+    A weight whose columns lie together (Conv1D, embeddings) is taken as its transpose, with the axes exchanged and
+    ``D^T = scaling * a^T b^T``. Each element of D is the same sum either way.
     """
 
     def __init__(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> None:

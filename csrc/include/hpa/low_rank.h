@@ -19,9 +19,10 @@ struct LowRankUpdate {
 
 namespace cpu {
 
-// Every D_ij is a sum over the rank, in order, in float32 (one rounding each; products of two bfloat16 are exact). It
-// is the same in all three operations, whatever the layout, the threads and the weight's dtype. Where A and B are both
-// bfloat16 and the processor has vdpbf16ps, denormal elements of A and B count as zero, and so do sums below 1.2e-38.
+// Every D_ij is a sum over the rank, in order, in float32, fused where the processor does. It is the same in all three
+// operations, whatever the layout, the threads, the weight's dtype, and whether A and B are stored as bfloat16 or as
+// float32 of the same values. Only that where both are bfloat16 and the processor has vdpbf16ps, denormal elements of A
+// and B count as zero, and so do sums below 1.2e-38.
 Status low_rank_scores(ConstMatrix w_old, LowRankUpdate update, ColumnScores result);
 
 // mask, axis, coefficient and out as for project_merge: out may be w_old itself (same pointer and row stride).
