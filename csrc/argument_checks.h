@@ -146,6 +146,43 @@ Status check_list(const Item* items, std::int64_t count, Status (*check)(const I
   return {};
 }
 
+inline Status check_low_rank(const ConstMatrix& w_old, const LowRankUpdate& update) {
+  const ConstMatrix& a = update.a;
+  const ConstMatrix& b = update.b;
+  HPA_REQUIRE_MATRIX(w_old);
+  HPA_REQUIRE_MATRIX(a);
+  HPA_REQUIRE_MATRIX(b);
+  HPA_REQUIRE(a.columns == w_old.columns, "a: columns must be those of w_old");
+  HPA_REQUIRE(b.rows == w_old.rows, "b: rows must be those of w_old");
+  HPA_REQUIRE(b.columns == a.rows, "b: columns must be the rows of a, the rank");
+  HPA_REQUIRE(a.rows < 0x7fffffff, "a: the rank must be below 2^31 - 1");
+  return {};
+}
+
+inline Status check_low_rank_scores(const ConstMatrix& w_old, const LowRankUpdate& update, const ColumnScores& result) {
+  HPA_RETURN_UNLESS_OK(check_low_rank(w_old, update));
+  return check_column_scores(w_old, w_old, result);
+}
+
+inline Status check_low_rank_add(const ConstMatrix& w_old, const LowRankUpdate& update, MaskAxis axis,
+                                 const Matrix& out) {
+  HPA_RETURN_UNLESS_OK(check_low_rank(w_old, update));
+  HPA_REQUIRE_MATRIX(out);
+  HPA_REQUIRE_SAME_SHAPE(w_old, out);
+  HPA_REQUIRE(axis == MaskAxis::input || axis == MaskAxis::output, "axis: must be input or output");
+  HPA_REQUIRE(is_same_or_apart(w_old, out), "out: row_stride must be that of w_old where out is w_old");
+  return {};
+}
+
+inline Status check_low_rank_merge(const ConstMatrix& w_old, const LowRankUpdate& update, const std::uint8_t* mask,
+                                   MaskAxis axis, const float* coefficient, const Matrix& out) {
+  HPA_RETURN_UNLESS_OK(check_low_rank_add(w_old, update, axis, out));
+  if (is_empty(out)) return {};
+  HPA_REQUIRE(mask != nullptr, "mask: must not be null");
+  HPA_REQUIRE(coefficient != nullptr, "coefficient: must not be null");
+  return {};
+}
+
 inline Status check_routed_lora(const RoutedLoraArguments& r) {
   HPA_REQUIRE(is_known(r.dtype), "dtype: must be float32, float16 or bfloat16");
   HPA_REQUIRE(r.batch >= 0, "batch: must not be negative");

@@ -135,6 +135,51 @@ void bind_cuda_lists(py::module_ m) {
   });
 }
 
+// data, dtype, row stride
+using FactorTuple = std::tuple<Address, int, std::int64_t>;
+
+// D = scaling * b a for a weight [rows, columns]: a [rank, columns], b [rows, rank].
+hpa::LowRankUpdate low_rank_update(const FactorTuple& a, const FactorTuple& b, std::int64_t rank, std::int64_t rows,
+                                   std::int64_t columns, float scaling) {
+  const auto& [a_data, a_dtype, a_stride] = a;
+  const auto& [b_data, b_dtype, b_stride] = b;
+  return {matrix(a_data, a_dtype, rank, columns, a_stride), matrix(b_data, b_dtype, rows, rank, b_stride), scaling};
+}
+
+void bind_low_rank(py::module_ m) {
+  using namespace hpa;
+  m.def("low_rank_scores", [](Address w_old, std::int64_t stride, int dtype, std::int64_t rows, std::int64_t columns,
+                              const FactorTuple& a, const FactorTuple& b, std::int64_t rank, float scaling,
+                              Address squared_update, Address inner_product, Address old_squared_norm) {
+    call([&] {
+      return cpu::low_rank_scores(
+          matrix(w_old, dtype, rows, columns, stride), low_rank_update(a, b, rank, rows, columns, scaling),
+          {pointer<float>(squared_update), pointer<float>(inner_product), pointer<float>(old_squared_norm)});
+    });
+  });
+  m.def("low_rank_merge", [](Address w_old, std::int64_t stride, Address out, std::int64_t out_stride, int dtype,
+                             std::int64_t rows, std::int64_t columns, const FactorTuple& a, const FactorTuple& b,
+                             std::int64_t rank, float scaling, Address mask, bool mask_rows, Address coefficient) {
+    call([&] {
+      return cpu::low_rank_merge(
+          matrix(w_old, dtype, rows, columns, stride), low_rank_update(a, b, rank, rows, columns, scaling),
+          pointer<const std::uint8_t>(mask), mask_rows ? MaskAxis::output : MaskAxis::input,
+          pointer<const float>(coefficient),
+          {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
+    });
+  });
+  m.def("low_rank_add", [](Address w, std::int64_t stride, Address out, std::int64_t out_stride, int dtype,
+                           std::int64_t rows, std::int64_t columns, const FactorTuple& a, const FactorTuple& b,
+                           std::int64_t rank, float scaling, Address gain, bool gain_rows) {
+    call([&] {
+      return cpu::low_rank_add(matrix(w, dtype, rows, columns, stride),
+                               low_rank_update(a, b, rank, rows, columns, scaling), pointer<const float>(gain),
+                               gain_rows ? MaskAxis::output : MaskAxis::input,
+                               {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
+    });
+  });
+}
+
 void bind_cpu(py::module_ m) {
   using namespace hpa;
   m.def("set_thread_count", &cpu::set_thread_count);
@@ -353,6 +398,7 @@ PYBIND11_MODULE(_C, m) {
   py::module_ on_host = m.def_submodule("cpu", "Operations on host memory.");
   bind_cpu(on_host);
   bind_cpu_lists(on_host);
+  bind_low_rank(on_host);
   py::module_ on_device = m.def_submodule("cuda", "Operations on device memory, launched on a stream.");
   bind_cuda(on_device);
   bind_cuda_lists(on_device);

@@ -108,3 +108,72 @@ def routed_lora(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: Tenso
     shrunk = torch.einsum("bti,cri->btcr", x.to(dtype), a.to(dtype))
     shrunk = shrunk * (weights * scaling).to(dtype)[:, None, :, None]
     return torch.einsum("btcr,cor->bto", shrunk, b.to(dtype)).to(x.dtype)
+
+
+# Of a weight's rows in float32: small enough to stay in a core's cache, large enough to feed a matrix product.
+_ROWS_AT_A_TIME = 512
+
+
+def _row_blocks(weight: Tensor) -> list[slice]:
+    return [slice(start, start + _ROWS_AT_A_TIME) for start in range(0, weight.shape[0], _ROWS_AT_A_TIME)]
+
+
+def low_rank_scores(w_old: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`column_scores` for ``D = scaling * b @ a``: ``sum_i D_ij^2 = s^2 diag(A^T (B^T B) A)_j``, ``s <B, W A^T>``."""
+    dtype = compute_dtype(w_old)
+    # r is small against out and in, so float64 costs little here and no digit is lost in B^T B.
+    a_wide, b_wide = a.double(), b.double() * scaling
+    # A B with zero rows at the end or a fresh adapter must not give a tiny negative square.
+    squared_update = ((b_wide.mT @ b_wide) @ a_wide).mul_(a_wide).sum(0).clamp_(min=0)
+    a_columns = a.to(dtype).mT
+    inner, norm = [], []
+    for rows in _row_blocks(w_old):
+        old = w_old[rows].to(dtype)
+        # Sums of each row first: their order does not depend on the number of threads.
+        inner.append(((old @ a_columns) * b_wide[rows].to(dtype)).sum(1))
+        norm.append(torch.linalg.vecdot(old, old))
+    empty = torch.zeros(0, dtype=dtype, device=w_old.device)
+    sums = [torch.cat([empty, *parts]).double().sum().to(dtype) for parts in (inner, norm)]
+    return squared_update.to(dtype), *sums
+
+
+def low_rank_add(
+    weight: Tensor, a: Tensor, b: Tensor, scaling: float, gain: Tensor | None, out: Tensor, axis: str = "input"
+) -> None:
+    """``out = weight * gain + scaling * b @ a``, the gain along the columns (or, for axis "output", the rows)."""
+    _low_rank_sum(weight, a, b, scaling, gain, None, out, axis)
+
+
+def low_rank_merge(
+    w_old: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    mask: Tensor,
+    coefficient: Tensor,
+    out: Tensor,
+    axis: str = "input",
+) -> None:
+    """``out = M w_old + (1 - M)(w_old (1 - coefficient) + scaling * b @ a)``; out may be w_old."""
+    one = torch.ones((), dtype=compute_dtype(w_old), device=w_old.device)
+    gain = torch.where(mask, one, one - coefficient.to(one.dtype))
+    _low_rank_sum(w_old, a, b, scaling, gain, mask, out, axis)
+
+
+def _low_rank_sum(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    gain: Tensor | None,
+    keep: Tensor | None,
+    out: Tensor,
+    axis: str,
+) -> None:
+    dtype = compute_dtype(weight)
+    a, b = a.to(dtype), b.to(dtype)
+    for rows in _row_blocks(weight):
+        factor, kept = (v if v is None or axis == "input" else v[rows, None] for v in (gain, keep))
+        old = weight[rows].to(dtype)
+        total = torch.mm(b[rows], a).mul_(scaling).add_(old if factor is None else old * factor).to(weight.dtype)
+        out[rows] = total if kept is None else torch.where(kept, weight[rows], total)

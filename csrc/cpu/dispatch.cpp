@@ -29,6 +29,7 @@ struct Available {
       isa_portable::fill_column_scores(kernels);
       isa_portable::fill_project_merge(kernels);
       isa_portable::fill_routed_lora(kernels);
+      isa_portable::fill_low_rank(kernels);
     });
 #if defined(HPA_X86_KERNELS)
     const ProcessorFeatures features = detect_processor();
@@ -39,6 +40,7 @@ struct Available {
         isa_avx2::fill_column_scores(kernels);
         isa_avx2::fill_project_merge(kernels);
         isa_avx2::fill_routed_lora(kernels);
+        isa_avx2::fill_low_rank(kernels);
       });
     }
     const auto fill_avx512 = [](Kernels& kernels) {
@@ -47,12 +49,14 @@ struct Available {
       isa_avx512::fill_column_scores(kernels);
       isa_avx512::fill_project_merge(kernels);
       isa_avx512::fill_routed_lora(kernels);
+      isa_avx512::fill_low_rank(kernels);
     };
     if (features.avx512) add("avx512", fill_avx512);
     if (features.avx512_bf16) {
       add("avx512_bf16", [&](Kernels& kernels) {
         fill_avx512(kernels);
         isa_avx512_bf16::fill_gram_pairs(kernels);
+        isa_avx512_bf16::fill_low_rank_pairs(kernels);
       });
     }
 #endif

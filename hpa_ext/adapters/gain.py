@@ -13,6 +13,8 @@ import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from hpa_ext.checkpoints.lora_update import LoraUpdate, Step, apply_steps
+
 _ATTRIBUTE = "hpa_gain"
 
 
@@ -36,10 +38,11 @@ class GainVariant(LoraVariant):
                 f"adapter {active_adapter!r}: the base weight is {orig_weight.dtype} (quantised), into which nothing "
                 "can be merged; load the adapter onto the unquantised base and merge there"
             )
-        dtype = torch.promote_types(orig_weight.dtype, torch.float32)
-        total = orig_weight.to(dtype) * _stored_gain(module, active_adapter, orig_weight).to(dtype)
-        delta = module.get_delta_weight(active_adapter)
-        return (total + delta.to(dtype)).to(orig_weight.dtype)
+        a, b = (half[active_adapter].weight.detach() for half in (module.lora_A, module.lora_B))
+        transposed = bool(getattr(module, "fan_in_fan_out", False))
+        update = LoraUpdate(a, b, module.scaling[active_adapter], transposed=transposed)
+        step = Step(gain_of(module, active_adapter, orig_weight.device), update)
+        return apply_steps(orig_weight.detach(), [step], transposed=transposed)
 
     @staticmethod
     def merge_unsafe(module: nn.Module, active_adapter: str, orig_weight: Tensor) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hpa_ext import ops
+
 # In float32 64 MiB: large enough for a matrix product, small beside the weight of an embedding.
 _ELEMENTS_AT_A_TIME = 1 << 24
 
@@ -36,26 +38,43 @@ class LoraUpdate:
         """``scaling * b @ a``, ``[out, in]``, whatever the layout of the stored weight; without DoRA's magnitude."""
         return (self.b.to(dtype) @ self.a.to(dtype)) * self.scaling
 
-    def added_to(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+    def added_to(self, weight: Tensor, rows: slice = slice(None), gain: Tensor | None = None) -> Tensor:
         """The tuned weight, for some rows of the stored one.
 
         Args:
             weight: those rows of the weight as stored, float32 or float64; may be overwritten.
             rows: which ones they are. All of them for DoRA on a transposed layer, whose norms need whole columns.
+            gain: ``[in]``, what the input columns of the whole weight are multiplied with first, or None.
 
         DoRA: ``magnitude * (W + s B A) / row norm of (W + s B A)`` (Liu et al., ICML 2024, equation 5), as PEFT merges.
         """
-        a, b = self.a.to(weight.dtype), self.b.to(weight.dtype)
-        if self.transposed:
-            weight.add_((b @ a[:, rows]).mT * self.scaling)
-            if self.magnitude is not None:
-                weight = self.magnitude.to(weight.dtype) / torch.linalg.norm(weight.mT, dim=1) * weight
-            return weight
-        weight.add_((b[rows] @ a) * self.scaling)
+        self._add(weight, weight, rows, gain)
         if self.magnitude is not None:
-            factor = self.magnitude[rows].to(weight.dtype) / torch.linalg.norm(weight, dim=1)
-            weight = factor[:, None] * weight
+            magnitude = self.magnitude.to(weight.dtype)
+            if self.transposed:
+                weight = magnitude / torch.linalg.norm(weight.mT, dim=1) * weight
+            else:
+                weight = (magnitude[rows] / torch.linalg.norm(weight, dim=1))[:, None] * weight
         return weight
+
+    def merged(self, weight: Tensor, gain: Tensor | None) -> Tensor:
+        """The whole stored weight after a step without magnitude, in a new tensor, rounded once to its dtype."""
+        result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        self._add(weight, result, slice(None), gain)
+        return result
+
+    def _add(self, weight: Tensor, out: Tensor, rows: slice, gain: Tensor | None) -> None:
+        # One operation for all ways to merge, and every element's sum in the same order: so an adapter merges to the
+        # same bits whole or in pieces, and to those of `LowRankUpdate.merge`.
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        a, b = (t if t.dtype in ops.LOW_RANK_DTYPES else t.to(wide) for t in (self.a, self.b))
+        gain = None if gain is None else gain.to(wide)
+        if self.transposed:
+            a, gain = a[:, rows], None if gain is None else gain[rows]
+            weight, out = weight.mT, out.mT
+        else:
+            b = b[rows]
+        ops.low_rank_add(weight, a, b, self.scaling, gain, out)
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,8 @@ def apply_steps(weight: Tensor, steps: Sequence[Step], *, transposed: bool = Fal
     """
     if not steps:
         return weight
+    if weight.dtype in ops.LOW_RANK_DTYPES and len(steps) == 1 and _is_one_sum(steps[0]):
+        return steps[0].update.merged(weight, steps[0].gain)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     whole = transposed and any(step.update is not None and step.update.magnitude is not None for step in steps)
     count = weight.shape[0] if whole else max(1, _ELEMENTS_AT_A_TIME // max(1, weight[:1].numel()))
@@ -92,10 +113,14 @@ def apply_steps(weight: Tensor, steps: Sequence[Step], *, transposed: bool = Fal
         rows = slice(start, start + count)
         total = weight[rows].to(dtype, copy=True)
         for step in steps:
-            if step.gain is not None:
+            if step.update is not None:
+                total = step.update.added_to(total, rows, step.gain)
+            elif step.gain is not None:
                 gain = step.gain.to(dtype)
                 total.mul_(gain[rows, None] if transposed else gain)
-            if step.update is not None:
-                total = step.update.added_to(total, rows)
         result[rows] = total
     return result
+
+
+def _is_one_sum(step: Step) -> bool:
+    return step.update is not None and step.update.magnitude is None

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hpa_ext import ops
 from hpa_ext.errors import NumericalError
 from hpa_ext.hpa.selection import Selection
 from hpa_ext.ops._checks import describe
-
-# Small enough for the rows in float32 to stay in a core's cache, large enough to feed a matrix product.
-_ROWS_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
@@ -64,22 +62,7 @@ class LowRankUpdate:
 
     def column_sums(self) -> tuple[Tensor, Tensor, Tensor]:
         """``sum_i D_ij^2`` ``[in]``, ``<D, W_old>`` and ``||W_old||^2``; one pass over the old weight."""
-        # r is small against out and in, so float64 costs little here and no digit is lost in B^T B.
-        a, b = self.a.double(), self.b.double() * self.scaling
-        squared_update = ((b.mT @ b) @ a).mul_(a).sum(0)
-        # A B with zero rows at the end or a fresh adapter must not give a tiny negative square.
-        squared_update.clamp_(min=0)
-        a_rows = self.a.to(self.dtype).mT
-        inner, norm = [], []
-        for rows in self._row_blocks():
-            old = self.old[rows].to(self.dtype)
-            # Sums of each row first: their order does not depend on the number of threads.
-            inner.append(((old @ a_rows) * b[rows].to(self.dtype)).sum(1))
-            norm.append(torch.linalg.vecdot(old, old))
-        empty = torch.zeros(0, dtype=self.dtype, device=self.device)
-        inner_product = torch.cat([empty, *inner]).double().sum()
-        old_squared_norm = torch.cat([empty, *norm]).double().sum()
-        return squared_update.to(self.dtype), inner_product.to(self.dtype), old_squared_norm.to(self.dtype)
+        return ops.low_rank_scores(self.old, *self._factors(), self.scaling)
 
     def row_sums(self, column_weights: list[Tensor]) -> list[Tensor]:
         """``sum_j D_ij^2 w_j = s^2 b_i (A diag(w) A^T) b_i^T`` ``[out]`` for each w ``[in]``."""
@@ -97,7 +80,8 @@ class LowRankUpdate:
 
     def backend(self) -> dict[str, str]:
         """Which backend serves the sums and the merge."""
-        return {"column_scores": "torch", "project_merge": "torch"}
+        served = ops.low_rank_backend(self.old, *self._factors())
+        return {"column_scores": served, "project_merge": served}
 
     def merge(
         self, selection: Selection, coefficient: Tensor, granularity: str = "input", out: Tensor | None = None
@@ -110,20 +94,16 @@ class LowRankUpdate:
             granularity: "input" or "output", the dimension of the mask.
             out: where to write, like `old` in shape and dtype; may be `old` itself. None: a new tensor.
         """
-        gain = gain_of(selection.retained, coefficient, self.dtype)
-        retained = selection.retained if granularity == "input" else selection.retained[:, None]
-        a, b = self.a.to(self.dtype), self.b.to(self.dtype)
-        merged = torch.empty_like(self.old, memory_format=torch.contiguous_format) if out is None else out
-        for rows in self._row_blocks():
-            factor = gain if granularity == "input" else gain[rows, None]
-            keep = retained if granularity == "input" else retained[rows]
-            # Rounded where PEFT and `apply_steps` round, so that a harmonized adapter merges to these very numbers.
-            block = torch.mm(b[rows], a).mul_(self.scaling).add_(self.old[rows].to(self.dtype) * factor)
-            merged[rows] = torch.where(keep, self.old[rows], block.to(self.old.dtype))
-        return merged
+        # An adapter harmonized to this gain and this mask merges to the same bits: it takes `ops.low_rank_add`.
+        retained = selection.retained
+        return ops.low_rank_merge(
+            self.old, *self._factors(), self.scaling, retained, coefficient, out, axis=granularity
+        )
 
-    def _row_blocks(self) -> list[slice]:
-        return [slice(start, start + _ROWS_AT_A_TIME) for start in range(0, self.old.shape[0], _ROWS_AT_A_TIME)]
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A and B as they are, or widened from a dtype that the operations do not take."""
+        a, b = (t if t.dtype in ops.LOW_RANK_DTYPES else t.to(self.dtype) for t in (self.a, self.b))
+        return a, b
 
 
 def gain_of(retained: Tensor, coefficient: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

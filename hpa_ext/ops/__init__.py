@@ -14,11 +14,13 @@ from hpa_ext.ops.gram_list import gram_accumulate_list_
 from hpa_ext.ops.instruction_set import instruction_set
 from hpa_ext.ops.inverse_diagonal import InverseDiagonal, inverse_diagonal
 from hpa_ext.ops.inverse_diagonal_rows import RowsDiagonal, inverse_diagonal_of_rows
+from hpa_ext.ops.low_rank import LOW_RANK_DTYPES, low_rank_add, low_rank_backend, low_rank_merge, low_rank_scores
 from hpa_ext.ops.project_merge import project_merge
 from hpa_ext.ops.project_merge_list import project_merge_list
 from hpa_ext.ops.routed_lora import routed_lora
 
 __all__ = [
+    "LOW_RANK_DTYPES",
     "InverseDiagonal",
     "RowsDiagonal",
     "backend_of",
@@ -32,6 +34,10 @@ __all__ = [
     "instruction_set",
     "inverse_diagonal",
     "inverse_diagonal_of_rows",
+    "low_rank_add",
+    "low_rank_backend",
+    "low_rank_merge",
+    "low_rank_scores",
     "native_cuda",
     "project_merge",
     "project_merge_list",

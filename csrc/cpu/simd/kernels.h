@@ -35,6 +35,32 @@ struct FactorKernels {
   void (*column_norms)(std::int64_t rows, const T* y, double* sums);
 };
 
+// A block of the update D = scaling * B A: up to kPanel rows, and the columns of some panels of A. Panels are
+// [depth][kPanel] of float32, or of pairs of bfloat16 that are neighbours along the rank.
+struct LowRankBlock {
+  const void* left;   // rows of B as one panel; zeros past `rows`
+  const void* right;  // columns of A as panels, one after the other; zeros past `columns`
+  std::int64_t depth, rows, columns;
+  float scaling;
+  const void* w_old;  // at the block's first element
+  std::int64_t old_stride;
+};
+
+// How a block of D is merged: gain[j] and keep[j] along the columns, or gain[i] and keep[i] along the rows. Both arrays
+// reach to the end of the last panel.
+struct LowRankMerge {
+  const float* gain;
+  const std::uint8_t* keep;
+  bool by_row;
+  void* out;
+  std::int64_t out_stride;
+};
+
+// squared_update[j] += sum_i D_ij^2; scalars += {<D, w_old>, ||w_old||^2}
+using LowRankScores = void (*)(const LowRankBlock& block, float* squared_update, double* scalars);
+// out = w_old * gain + D, and w_old bit by bit where keep is not zero
+using LowRankMerges = void (*)(const LowRankBlock& block, const LowRankMerge& merge);
+
 struct Kernels {
   // gram. Packs the listed tokens' columns [first_column, first_column + columns) into as many panels as they fill,
   // panel_stride elements apart; lanes past the last column get zeros. Indexed by DType.
@@ -83,6 +109,11 @@ struct Kernels {
   // Second product: out[t * out_stride + j] = sum over k of mid[t * depth + k] * b[k * kPanel + j], j < columns.
   void (*expand[3])(const float* mid, std::int64_t tokens, std::int64_t depth, const float* b, void* out,
                     std::int64_t out_stride, std::int64_t columns);
+
+  // low_rank, by the dtype of the weight: on panels of float32, and on pairs of bfloat16 (null where the instruction set
+  // has no such product).
+  LowRankScores low_rank_scores[3], low_rank_pair_scores[3];
+  LowRankMerges low_rank_merge[3], low_rank_pair_merge[3];
 };
 
 // Every file under simd/ fills in its own part, once for each instruction set it is compiled for. These run only
@@ -94,6 +125,7 @@ struct Kernels {
   void fill_column_scores(Kernels& kernels);    \
   void fill_project_merge(Kernels& kernels);    \
   void fill_routed_lora(Kernels& kernels);      \
+  void fill_low_rank(Kernels& kernels);         \
   }
 HPA_DECLARE_INSTRUCTION_SET(isa_portable)
 HPA_DECLARE_INSTRUCTION_SET(isa_avx2)
@@ -102,6 +134,7 @@ HPA_DECLARE_INSTRUCTION_SET(isa_avx512)
 
 namespace isa_avx512_bf16 {
 void fill_gram_pairs(Kernels& kernels);
+void fill_low_rank_pairs(Kernels& kernels);
 }
 namespace isa_amx_bf16 {
 void fill_gram_tiles(Kernels& kernels);

@@ -6,6 +6,7 @@
 #include "hpa/column_scores.h"
 #include "hpa/gram.h"
 #include "hpa/inverse_diagonal.h"
+#include "hpa/low_rank.h"
 #include "hpa/project_merge.h"
 #include "hpa/routed_lora.h"
 #include "hpa/runtime.h"

@@ -1,0 +1,346 @@
+"""low_rank: scores and merge of a LoRA update from its factors; neither the update nor the new weight is formed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpa_ext import _C, reference
+from hpa_ext.ops._backend import (
+    DTYPE_TAGS,
+    backend_of,
+    is_traced,
+    mark_written,
+    row_stride,
+    unit_stride,
+    use_torch_threads,
+)
+from hpa_ext.ops._checks import WEIGHT_DTYPES, check_same, check_shape, check_tensor, describe, is_number
+from hpa_ext.ops._library import register
+
+LOW_RANK_DTYPES = WEIGHT_DTYPES
+"""What a weight, A and B may be stored in; float64 of any of them is served by torch."""
+
+_AXES = ("input", "output")
+
+
+def low_rank_scores(w_old: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `column_scores` for the update ``D = scaling * b @ a``, which is never in memory.
+
+    Args:
+        w_old: ``[out, in]`` bfloat16, float16 or float32 (float64 through torch), any strides.
+        a: ``[r, in]``, LoRA's A; bfloat16, float16, float32 or float64, whatever the dtype of `w_old`.
+        b: ``[out, r]``, LoRA's B, likewise. r may be 0.
+        scaling: what LoRA multiplies ``B A`` with.
+
+    Returns:
+        squared_update: ``[in]``, ``sum_i D_ij^2`` (a sum over rows, not a mean).
+        inner_product: ``[]``, ``<D, w_old>_F``.
+        old_squared_norm: ``[]``, ``||w_old||_F^2``.
+        All float32 (float64 for float64 weights), on the device of the weight.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device of an argument.
+
+    The weight is read once. On the CPU each ``D_ij`` is a float32 sum over the rank, and the sums over it run in an
+    order that does not depend on the thread count. Numerators of HPA's scores (CVPR 2026, section 3.1) and of its
+    projection (3.3). Not differentiable.
+    """
+    scaling = _as_scaling(scaling)
+    if is_traced(w_old, a, b):
+        return torch.ops.hpa_ext.low_rank_scores(w_old.detach(), a.detach(), b.detach(), scaling)
+    return _low_rank_scores(w_old, a, b, scaling)
+
+
+def low_rank_merge(
+    w_old: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    mask: Tensor,
+    coefficient: float | Tensor,
+    out: Tensor | None = None,
+    *,
+    axis: str = "input",
+) -> Tensor:
+    """``M * w_old + (1 - M) * (w_old * (1 - coefficient) + scaling * b @ a)``, M being 1 on the retained columns.
+
+    Args:
+        w_old, a, b, scaling: as for `low_rank_scores`.
+        mask: bool ``[in]``, True on the input columns to retain; with ``axis="output"`` bool ``[out]``, on the rows.
+        coefficient: a number, or a tensor of one element on the device of the weight, as for `project_merge`.
+        out: where to write, like `w_old` in shape, dtype and device; may be `w_old` itself. A tensor that overlaps an
+            argument otherwise gives an undefined result. None: a new contiguous tensor.
+        axis: "input" or "output", the dimension of the mask.
+
+    Returns:
+        `out`. Retained elements are bit-identical to `w_old`; the others are computed in float32 (float64 for float64
+        weights) and rounded once, to nearest even. They have the bits of `low_rank_add` with the gain
+        ``1 - coefficient``.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device of an argument. `out` is then unchanged.
+
+    The weight is read once, and the result written once. HPA (CVPR 2026), section 3.3. Not differentiable.
+    """
+    scaling = _as_scaling(scaling)
+    check_tensor("w_old", w_old, "[out, in]", 2, WEIGHT_DTYPES)  # the coefficient takes its dtype and device from it
+    coefficient = _as_coefficient(coefficient, w_old)
+    if is_traced(w_old, a, b, mask, coefficient, out):
+        arguments = (w_old.detach(), a.detach(), b.detach(), scaling, mask, coefficient, axis)
+        if out is None:
+            return torch.ops.hpa_ext.low_rank_merge(*arguments)
+        torch.ops.hpa_ext.low_rank_merge_out(*arguments, out.detach())
+        return out
+    if out is None:
+        return _low_rank_merge(w_old, a, b, scaling, mask, coefficient, axis)
+    _low_rank_merge_out(w_old, a, b, scaling, mask, coefficient, axis, out)
+    return out
+
+
+def low_rank_add(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    gain: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    axis: str = "input",
+) -> Tensor:
+    """``weight * gain + scaling * b @ a``: what a plain adapter, or a harmonized one with its gain, merges to.
+
+    Args:
+        weight: ``[out, in]`` bfloat16, float16 or float32 (float64 through torch), any strides.
+        a, b, scaling: as for `low_rank_scores`.
+        gain: float32 (float64 for a float64 weight) ``[in]``, one factor per input column; with ``axis="output"``
+            ``[out]``, per row. None: 1.
+        out: where to write, like `weight` in shape, dtype and device; may be `weight` itself. None: a new contiguous
+            tensor.
+        axis: "input" or "output", the dimension of the gain.
+
+    Returns:
+        `out`, computed in float32 (float64 for a float64 weight) and rounded once, to nearest even.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device of an argument. `out` is then unchanged.
+
+    Not differentiable.
+    """
+    scaling = _as_scaling(scaling)
+    check_tensor("weight", weight, "[out, in]", 2, WEIGHT_DTYPES)  # the result takes its shape from it
+    if out is None:
+        out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    if is_traced(weight, a, b, gain, out):
+        gain = None if gain is None else gain.detach()
+        torch.ops.hpa_ext.low_rank_add_out(weight.detach(), a.detach(), b.detach(), scaling, gain, axis, out.detach())
+        return out
+    _low_rank_add_out(weight, a, b, scaling, gain, axis, out)
+    return out
+
+
+def low_rank_backend(w_old: Tensor, a: Tensor, b: Tensor) -> str:
+    """What serves these operations for tensors of these dtypes on this device: "native" or "torch"."""
+    # No CUDA kernel exists yet for all of them; torch serves CUDA tensors.
+    native = w_old.device.type == "cpu" and all(backend_of("low_rank", t) == "native" for t in (w_old, a, b))
+    return "native" if native else "torch"
+
+
+def _as_scaling(scaling: float) -> float:
+    if isinstance(scaling, Tensor) or not (is_number(scaling) or isinstance(scaling, torch.SymFloat)):
+        raise TypeError(f"scaling: expected a number, got {describe(scaling)}")
+    return float(scaling) if is_number(scaling) else scaling
+
+
+def _as_coefficient(coefficient: float | Tensor, w_old: Tensor) -> Tensor:
+    dtype = reference.compute_dtype(w_old)
+    if is_number(coefficient) or isinstance(coefficient, torch.SymFloat):
+        return torch.full((), coefficient, dtype=dtype, device=w_old.device)
+    if not isinstance(coefficient, Tensor) or coefficient.numel() != 1:
+        raise TypeError(f"coefficient: expected a number or a tensor of one element, got {describe(coefficient)}")
+    check_same("coefficient", coefficient, "w_old", w_old, dtype=False)
+    return coefficient.detach().to(dtype).reshape(())
+
+
+def _check_factors(name: str, weight: Tensor, a: Tensor, b: Tensor) -> None:
+    check_tensor(name, weight, "[out, in]", 2, WEIGHT_DTYPES)
+    check_tensor("a", a, "[r, in]", 2, WEIGHT_DTYPES)
+    check_tensor("b", b, "[out, r]", 2, WEIGHT_DTYPES)
+    check_shape("a", a, (a.shape[0], weight.shape[1]), f"for {name} {list(weight.shape)}")
+    check_shape("b", b, (weight.shape[0], a.shape[0]), f"for {name} {list(weight.shape)} and a {list(a.shape)}")
+    check_same("a", a, name, weight, dtype=False)
+    check_same("b", b, name, weight, dtype=False)
+
+
+def _check_out(name: str, weight: Tensor, axis: str, out: Tensor) -> None:
+    if axis not in _AXES:
+        raise ValueError(f'axis: expected "input" or "output", got {axis!r}')
+    check_tensor("out", out, "[out, in]", 2)
+    check_shape("out", out, tuple(weight.shape), f"like {name}")
+    check_same("out", out, name, weight)
+
+
+def _along(name: str, value: Tensor, weight_name: str, weight: Tensor, axis: str, dtype: torch.dtype) -> None:
+    check_tensor(name, value, f"[{axis} columns]", 1, (dtype,))
+    length = weight.shape[1] if axis == "input" else weight.shape[0]
+    check_shape(name, value, (length,), f"for axis {axis!r} of {weight_name} {list(weight.shape)}")
+    check_same(name, value, weight_name, weight, dtype=False)
+
+
+def _check_merge(
+    w_old: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Tensor, coefficient: Tensor, axis: str, out: Tensor
+) -> None:
+    _check_factors("w_old", w_old, a, b)
+    _check_out("w_old", w_old, axis, out)
+    _along("mask", mask, "w_old", w_old, axis, torch.bool)
+    check_tensor("coefficient", coefficient, "[]", 0, (reference.compute_dtype(w_old),))
+    check_same("coefficient", coefficient, "w_old", w_old, dtype=False)
+
+
+def _check_add(
+    weight: Tensor, a: Tensor, b: Tensor, scaling: float, gain: Tensor | None, axis: str, out: Tensor
+) -> None:
+    _check_factors("weight", weight, a, b)
+    _check_out("weight", weight, axis, out)
+    if gain is not None:
+        _along("gain", gain, "weight", weight, axis, reference.compute_dtype(weight))
+
+
+class _Native:
+    """A weight, the factors and the place of the result as the native module takes them.
+
+    A weight whose columns lie together (Conv1D, embeddings) is taken as its transpose, with the axes exchanged and
+    ``D^T = scaling * a^T b^T``. Each element of D is the same sum either way.
+    """
+
+    def __init__(self, weight: Tensor, a: Tensor, b: Tensor, scaling: float, out: Tensor | None = None) -> None:
+        weight, a, b = weight.detach(), a.detach(), b.detach()
+        self.out = None if out is None else out.detach()
+        self.exchanged = weight.stride(0) == 1 and weight.stride(1) != 1 and min(weight.shape) > 1
+        if self.exchanged:
+            weight, a, b = weight.mT, b.mT, a.mT
+        # The native module takes adjacent columns; what has to be copied for that is alive as long as this object.
+        self.weight, self.a, self.b = unit_stride(weight), unit_stride(a), unit_stride(b)
+        factors = [(t.data_ptr(), DTYPE_TAGS[t.dtype], row_stride(t)) for t in (self.a, self.b)]
+        self.update = (DTYPE_TAGS[weight.dtype], *weight.shape, *factors, self.a.shape[0], scaling)
+        self.source = (self.weight.data_ptr(), row_stride(self.weight))
+        if self.out is not None:
+            place = self.out.mT if self.exchanged else self.out
+            self._target = unit_stride(place)
+            self._in_place = self._target is place
+            if not self._in_place:
+                self._target = torch.empty_like(place, memory_format=torch.contiguous_format)
+            self.destination = (self._target.data_ptr(), row_stride(self._target))
+
+    def rows_of(self, axis: str) -> bool:
+        """Whether `axis` of the weight runs along the rows that the native module sees."""
+        return (axis == "output") != self.exchanged
+
+    def written(self) -> None:
+        """The result is in `out` from now on."""
+        if self._in_place:
+            mark_written(self.out)
+        else:
+            (self.out.mT if self.exchanged else self.out).copy_(self._target)
+
+
+def _low_rank_scores(w_old: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    squared_update, inner_product, old_squared_norm = _fake_scores(w_old, a, b, scaling)
+    if low_rank_backend(w_old, a, b) == "torch":
+        return reference.low_rank_scores(w_old.detach(), a.detach(), b.detach(), scaling)
+    # Sums over the rows of each column: a transposed weight is copied.
+    native = _Native(unit_stride(w_old.detach()), a, b, scaling)
+    use_torch_threads()
+    _C.cpu.low_rank_scores(
+        *native.source, *native.update,
+        squared_update.data_ptr(), inner_product.data_ptr(), old_squared_norm.data_ptr(),
+    )  # fmt: skip
+    return squared_update, inner_product, old_squared_norm
+
+
+def _fake_scores(w_old: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    _check_factors("w_old", w_old, a, b)
+    dtype, device = reference.compute_dtype(w_old), w_old.device
+    column = torch.empty(w_old.shape[1], dtype=dtype, device=device)
+    return column, torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
+
+
+def _low_rank_merge(
+    w_old: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Tensor, coefficient: Tensor, axis: str
+) -> Tensor:
+    out = torch.empty(w_old.shape, dtype=w_old.dtype, device=w_old.device)
+    _low_rank_merge_out(w_old, a, b, scaling, mask, coefficient, axis, out)
+    return out
+
+
+def _fake_merge(
+    w_old: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Tensor, coefficient: Tensor, axis: str
+) -> Tensor:
+    out = torch.empty(w_old.shape, dtype=w_old.dtype, device=w_old.device)
+    _check_merge(w_old, a, b, scaling, mask, coefficient, axis, out)
+    return out
+
+
+def _low_rank_merge_out(
+    w_old: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Tensor, coefficient: Tensor, axis: str, out: Tensor
+) -> None:
+    _check_merge(w_old, a, b, scaling, mask, coefficient, axis, out)
+    if out.numel() == 0:
+        return
+    if low_rank_backend(w_old, a, b) == "torch":
+        reference.low_rank_merge(
+            w_old.detach(), a.detach(), b.detach(), scaling, mask, coefficient, out.detach(), axis=axis
+        )
+        return
+    native = _Native(w_old, a, b, scaling, out)
+    mask = mask.contiguous()
+    use_torch_threads()
+    _C.cpu.low_rank_merge(
+        *native.source, *native.destination, *native.update,
+        mask.data_ptr(), native.rows_of(axis), coefficient.data_ptr(),
+    )  # fmt: skip
+    native.written()
+
+
+def _low_rank_add_out(
+    weight: Tensor, a: Tensor, b: Tensor, scaling: float, gain: Tensor | None, axis: str, out: Tensor
+) -> None:
+    _check_add(weight, a, b, scaling, gain, axis, out)
+    if out.numel() == 0:
+        return
+    if low_rank_backend(weight, a, b) == "torch":
+        gain = None if gain is None else gain.detach()
+        reference.low_rank_add(weight.detach(), a.detach(), b.detach(), scaling, gain, out.detach(), axis=axis)
+        return
+    native = _Native(weight, a, b, scaling, out)
+    gain = None if gain is None else gain.detach().contiguous()
+    use_torch_threads()
+    _C.cpu.low_rank_add(
+        *native.source, *native.destination, *native.update,
+        0 if gain is None else gain.data_ptr(), native.rows_of(axis),
+    )  # fmt: skip
+    native.written()
+
+
+register(
+    "low_rank_scores(Tensor w_old, Tensor a, Tensor b, float scaling) -> (Tensor, Tensor, Tensor)",
+    _low_rank_scores,
+    _fake_scores,
+)
+register(
+    "low_rank_merge(Tensor w_old, Tensor a, Tensor b, float scaling, Tensor mask, Tensor coefficient, str axis)"
+    " -> Tensor",
+    _low_rank_merge,
+    _fake_merge,
+)
+register(
+    "low_rank_merge_out(Tensor w_old, Tensor a, Tensor b, float scaling, Tensor mask, Tensor coefficient, str axis,"
+    " Tensor(a!) out) -> ()",
+    _low_rank_merge_out,
+    _check_merge,
+)
+register(
+    "low_rank_add_out(Tensor weight, Tensor a, Tensor b, float scaling, Tensor? gain, str axis, Tensor(a!) out) -> ()",
+    _low_rank_add_out,
+    _check_add,
+)
