@@ -216,14 +216,14 @@ def test_interrupt_waits_until_the_model_is_whole(monkeypatch):
     old, new, safety, task = tiny_models.setting(tiny_models.llama)
     expected = copy.deepcopy(new)
     harmonize_model(old, expected, safety, task, progress=False)
-    merge, merged = module.merge_layers, []
+    merge, merged = module.merge_updates, []
 
     def interrupted(*args, **kwargs):
         merged.append(merge(*args, **kwargs))
         if len(merged) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(module, "merge_layers", interrupted)
+    monkeypatch.setattr(module, "merge_updates", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         harmonize_model(old, new, safety, task, progress=False)

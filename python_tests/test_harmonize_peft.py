@@ -9,7 +9,9 @@ import tiny_models
 import torch
 from torch import nn
 
-from hpa_ext import calibrate, harmonize_model
+from hpa_ext import HPAConfig, calibrate, harmonize_model
+from hpa_ext.models.linear import Linear
+from hpa_ext.models.remembered import RememberedWeights
 
 MAKERS = {"llama": tiny_models.llama, "gpt2": tiny_models.gpt2, "llava": tiny_models.llava}
 LORA_TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "llava": r".*language.*(q|down)_proj"}
@@ -30,9 +32,44 @@ def test_peft_model_equals_its_merged_form(kind):
     report = harmonize_model(in_place_of_base.get_base_model(), in_place_of_base, safety, task, progress=False)
     expected = tiny_models.logits(merged, batches[0])
     assert torch.equal(tiny_models.logits(adapted, batches[0]), expected)
-    assert torch.equal(tiny_models.logits(in_place_of_base, batches[0]), expected)
+    # From the factors, without the rounding of a new weight.
+    torch.testing.assert_close(tiny_models.logits(in_place_of_base, batches[0]), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(tiny_models.logits(adapted.merge_and_unload(), batches[0]), expected)
     assert 0 < len(report) < len(safety), "with the base as the old model, only adapted layers have changed"
+
+
+@pytest.mark.parametrize("granularity", ["input", "output"])
+def test_with_the_base_as_the_old_model_no_new_weight_is_formed(granularity, monkeypatch):
+    """Nearer to float64 than by way of a new bfloat16 weight, whose rounding counts as update."""
+    config = HPAConfig(granularity=granularity)
+    old = tiny_models.llama()
+    adapted = tiny_models.with_lora(old, ["q_proj", "down_proj"])
+    grams = calibrate(old, tiny_models.batches(old), progress=False)
+    models = {"exact": copy.deepcopy(adapted).double(), "factors": copy.deepcopy(adapted).bfloat16()}
+    models["exact"].load_state_dict({name: value.double() for name, value in models["factors"].state_dict().items()})
+    models["dense"] = copy.deepcopy(models["factors"])
+    dense_old = copy.deepcopy(models["factors"].get_base_model())
+    harmonize_model(RememberedWeights.of(_unadapted(dense_old)), models["dense"], grams, grams, config, progress=False)
+    monkeypatch.setattr(Linear, "weight", lambda self: pytest.fail(f"{self.name}: a new weight was formed"))
+    for kind in ("exact", "factors"):
+        model = models[kind]
+        report = harmonize_model(model.get_base_model(), model, grams, grams, config, progress=False)
+        assert len(report) == 6
+    weights = {kind: dict(model.named_parameters()) for kind, model in models.items()}
+    errors = {"factors": 0.0, "dense": 0.0}
+    for name, exact in weights["exact"].items():
+        if name.endswith("base_layer.weight"):
+            for kind in errors:
+                errors[kind] += float((weights[kind][name].double() - exact).square().sum())
+    assert 0 < errors["factors"] < errors["dense"]
+
+
+def _unadapted(model):
+    """The same model with an adapter that does nothing."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    return model
 
 
 def test_peft_model_can_be_tuned_further():
@@ -112,7 +149,8 @@ def test_trained_copies_of_peft_are_harmonized_with_the_base_as_the_old_model():
     harmonize_model(old, adapted, grams, grams, progress=False)
     report = harmonize_model(in_place_of_base.get_base_model(), in_place_of_base, grams, grams, progress=False)
     assert sum(name.endswith("down_proj") for name in report.layers) == 3
-    assert torch.equal(tiny_models.logits(in_place_of_base, batches[0]), tiny_models.logits(adapted, batches[0]))
+    expected = tiny_models.logits(adapted, batches[0])
+    torch.testing.assert_close(tiny_models.logits(in_place_of_base, batches[0]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_does_not_round_the_adapters_update():

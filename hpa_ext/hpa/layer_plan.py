@@ -10,9 +10,11 @@ from torch import Tensor
 
 from hpa_ext import ops
 from hpa_ext.hpa.config import HPAConfig
+from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.hpa.report import LayerReport
 from hpa_ext.hpa.selection import Selection
 from hpa_ext.hpa.sharded import merge_weights
+from hpa_ext.hpa.update import WeightUpdate
 
 
 @dataclass(frozen=True)
@@ -108,3 +110,15 @@ def merge_layers(
         return []
     retained, coefficients = zip(*((plan.selection.retained, plan.coefficient) for plan in plans), strict=True)
     return merge_weights(olds, news, retained, coefficients, outs, axis=plans[0].config.granularity)
+
+
+def merge_updates(plans: Sequence[LayerPlan], updates: Sequence[WeightUpdate], outs: Sequence[Tensor]) -> None:
+    """As `merge_layers`, for updates in any form."""
+    dense = []
+    for plan, update, out in zip(plans, updates, outs, strict=True):
+        if isinstance(update, LowRankUpdate):
+            update.merge(plan.selection, plan.coefficient, plan.config.granularity, out=out)
+        else:
+            dense.append((plan, update.old, update.new, out))
+    if dense:
+        merge_layers(*zip(*dense, strict=True))

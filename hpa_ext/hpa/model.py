@@ -14,12 +14,11 @@ from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.decisions import grams_agree, plans_of_first
 from hpa_ext.hpa.groups import batches
 from hpa_ext.hpa.layer_grams import LayerGrams, read_grams
-from hpa_ext.hpa.layer_plan import LayerPlan, merge_layers, reports_of
+from hpa_ext.hpa.layer_plan import LayerPlan, merge_updates, reports_of
 from hpa_ext.hpa.naming import naming
-from hpa_ext.hpa.pairs import Pair, check_counted, distinct, match, weights
+from hpa_ext.hpa.pairs import Pair, check_counted, distinct, match, update_of_pair
 from hpa_ext.hpa.plan import plan_measured
 from hpa_ext.hpa.report import ModelReport, report_warnings
-from hpa_ext.hpa.sharded import update_of
 from hpa_ext.hpa.sums import UpdateSums, measure
 from hpa_ext.interrupts import interrupt_held_back
 from hpa_ext.models.linears import experts_without_linears, find_linears
@@ -119,7 +118,7 @@ def harmonize_model(
             loaded = []
             for name in batch:
                 with naming(name):
-                    loaded.append(update_of(*weights(*pairs[name])))
+                    loaded.append(update_of_pair(*pairs[name]))
             sums += measure(loaded, [grams[name] for name in batch], config)
             bar.update(len(batch))
 
@@ -153,8 +152,8 @@ def weight_batches(pairs: Mapping[str, Pair]) -> Iterator[list[str]]:
 
 def write_merged(pairs: Mapping[str, Pair], plans: Mapping[str, LayerPlan]) -> None:
     """Write the harmonized weights of these layers into the new model."""
-    olds, news = zip(*(weights(old, new) for old, new in pairs.values()), strict=True)
-    merge_layers([plans[name] for name in pairs], olds, news, [new.base_weight() for _, new in pairs.values()])
+    updates = [update_of_pair(old, new) for old, new in pairs.values()]
+    merge_updates([plans[name] for name in pairs], updates, [new.base_weight() for _, new in pairs.values()])
     for _, new in pairs.values():
         new.absorb_adapters()
 

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from hpa_ext.gram_diagonal import AnyGram
+from hpa_ext.hpa.low_rank import LowRankUpdate
+from hpa_ext.hpa.sharded import update_of
+from hpa_ext.hpa.update import WeightUpdate
 from hpa_ext.models.linear import Linear
 from hpa_ext.models.remembered import RememberedLinear
 from hpa_ext.models.sharding import check_alike, divided_like, is_sharded
@@ -92,6 +95,21 @@ def _check_weights(name: str, old: Linear | RememberedLinear, new: Linear) -> No
         raise ValueError(f"{name}: w_new: expected shape {list(shape)} like w_old, got {list(after.shape)}")
     if dtype != after.dtype:
         raise TypeError(f"{name}: w_new: expected dtype {dtype} like w_old, got {after.dtype}")
+
+
+def update_of_pair(old: Linear | RememberedLinear, new: Linear) -> WeightUpdate:
+    """What the tuning step did to a weight.
+
+    Where the old model is the base of the tuned PeftModel itself, one LoRA is taken as the factors that it is, and no
+    new weight is formed.
+    """
+    factors = new.pending_lora()
+    base = new.base_weight()
+    if isinstance(old, Linear) and old.module is new.module and factors is not None:
+        a, b, scaling = factors
+        if not any(is_sharded(tensor) for tensor in (base, a, b)):
+            return LowRankUpdate(base, a.to(base.device), b.to(base.device), scaling)
+    return update_of(*weights(old, new))
 
 
 def weights(old: Linear | RememberedLinear, new: Linear) -> tuple[Tensor, Tensor]:

@@ -190,7 +190,7 @@ def _measure(job: Job, device: torch.device, parent: Path) -> dict[str, float]:
         diagonals = {name: {module: _flat_diagonal(update.shape[1], job.config.damping)} for name in SETS}
         start = time.perf_counter()
         on_device = moved(update, device)
-        merged_weights(job, plan_modules(job, diagonals, [module], [on_device]), [on_device])[0].cpu()
+        merged_weights(plan_modules(job, diagonals, [module], [on_device]), [on_device])[0].cpu()
         rates["compute"] = size / (time.perf_counter() - start)
     sample = torch.eye(_SAMPLE_WIDTH, device=device)
     ops.inverse_diagonal(sample[:8, :8].contiguous(), 0.01)

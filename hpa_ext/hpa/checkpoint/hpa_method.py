@@ -43,7 +43,7 @@ class HPAMethod:
         """Score, select and merge the modules together."""
         plans = merge.plan_modules(job, reduced, modules, updates)
         reports = reports_of(plans, modules)
-        return list(zip(merge.merged_weights(job, plans, updates), reports, strict=True))
+        return list(zip(merge.merged_weights(plans, updates), reports, strict=True))
 
     def record(self, report: LayerReport) -> dict[str, Any]:
         """See `CheckpointMethod`."""

@@ -19,7 +19,7 @@ from hpa_ext.hpa.checkpoint.keeper import Keeper
 from hpa_ext.hpa.checkpoint.pieces import Piece, Unit
 from hpa_ext.hpa.checkpoint.pipeline import run_pipeline
 from hpa_ext.hpa.checkpoint.progress import Progress
-from hpa_ext.hpa.layer_plan import LayerPlan, merge_layers
+from hpa_ext.hpa.layer_plan import LayerPlan, merge_updates
 from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.hpa.naming import naming
 from hpa_ext.hpa.plan import plan_updates
@@ -108,17 +108,11 @@ def plan_modules(
     return plan_updates(updates, pairs, depths, job.config, naming=lambda index: naming(modules[index]))
 
 
-def merged_weights(job: Job, plans: Sequence[LayerPlan], updates: Sequence[WeightUpdate]) -> list[Tensor]:
+def merged_weights(plans: Sequence[LayerPlan], updates: Sequence[WeightUpdate]) -> list[Tensor]:
     """The harmonized weights ``[out, in]``, in the place of the new ones, or of the old ones where there are no new."""
-    dense = [(plan, u) for plan, u in zip(plans, updates, strict=True) if not isinstance(u, LowRankUpdate)]
-    news = [update.new for _, update in dense]
-    merge_layers([plan for plan, _ in dense], [update.old for _, update in dense], news, news)
-    return [
-        update.merge(plan.selection, plan.coefficient, job.config.granularity, out=update.old)
-        if isinstance(update, LowRankUpdate)
-        else update.new
-        for plan, update in zip(plans, updates, strict=True)
-    ]
+    outs = [update.old if isinstance(update, LowRankUpdate) else update.new for update in updates]
+    merge_updates(plans, updates, outs)
+    return outs
 
 
 def tensors_of(update: WeightUpdate) -> list[Tensor]:
