@@ -38,6 +38,7 @@ _KEPT_FREE = 0.05  # of the device's memory, for its allocator
 def shapes(setting: Setting) -> list[StepShape]:
     """The steps to run: on a CUDA device LLaVA-1.5-7B whole, or as many of its layers as its memory holds."""
     if setting.device.type == "cuda" and not setting.quick:
+        _forget(setting.device)
         return [_fitting(WHOLE, torch.cuda.mem_get_info(setting.device)[0])]
     return setting.cases([QUICK], [SMALL], [ONE_LAYER])
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import hpa_ext
+from hpa_ext.model_calls import forward_options
 
 from .step_clock import StepClock
 from .step_model import layer_of
@@ -75,10 +76,10 @@ def _grams(
         name: torch.zeros(linear.in_features, linear.in_features, dtype=dtype, device=device)
         for name, linear in linears.items()
     }
-    tokens = 0
+    options, tokens = forward_options(model, all_logits=False), 0
     with _hooks(linears, grams, clock, dtype):
         for batch in batches:
-            model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False, logits_to_keep=1)
+            model(**{key: value.to(device) for key, value in batch.items()}, **options)
             tokens += batch["input_ids"].numel()
     return grams, tokens
 
