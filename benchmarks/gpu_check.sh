@@ -32,7 +32,7 @@ done
 benchmarks=(gram inverse_diagonal column_scores column_mask project_merge routed_lora harmonize compromise hide)
 [ "$wgmma" = failed ] || benchmarks+=(gram_kernels)
 "$PYTHON" -m hpa_ext.cli.main bench "${benchmarks[@]}" --device cuda --native-cuda
-# The step at 7B shapes with its peers, some two minutes; apart, so that it cannot cost the other numbers.
+# The step at 7B shapes with its peers, two minutes by estimate; apart, so that it cannot cost the other numbers.
 hopper=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_capability() == (9, 0))")
 [ "$wgmma" = failed ] || [ "$hopper" = False ] || export HPA_EXT_GRAM_KERNEL=wgmma
 step=passed
