@@ -65,6 +65,14 @@ def rows(setting: Setting) -> Iterator[Row]:
         yield from _rows(setting, shape)
 
 
+def precisions(device: torch.device) -> dict[str, tuple[str, str]]:
+    """By metric the name of the peer's float32 products, and torch's name for their precision; float32 is first."""
+    found = {"step_vs_torch_fp32": ("float32", "highest")}
+    if device.type == "cuda":
+        found["step_vs_torch_tf32"] = ("TF32", "high")
+    return found
+
+
 @dataclass
 class _Side:
     """One way to do the step, and its runs."""
@@ -92,9 +100,10 @@ def _rows(setting: Setting, shape: StepShape) -> Iterator[Row]:
             return eager_step(old, new, *sets, config, clock, dtype)
 
     ours = _Side("ours", lambda clock: our_step(old, new, *sets, config, clock))
-    peers = {"step_vs_torch_fp32": _Side("eager torch, float32", eager)}
-    if device.type == "cuda":
-        peers["step_vs_torch_tf32"] = _Side("eager torch, TF32", lambda clock: eager(clock, "high"))
+    peers = {
+        metric: _Side(f"eager torch, {name}", lambda clock, precision=precision: eager(clock, precision))
+        for metric, (name, precision) in precisions(device).items()
+    }
     _warm_up(setting, shape)
 
     def run(side: _Side) -> tuple[Any, float]:

@@ -24,30 +24,29 @@ def report(rows: Sequence[_RowData]) -> str:
 
 def _report(found: list[_RowData]) -> str:
     details = found[0]["details"]
-    peers = [(row["peer"], by_phase(row["details"]["peer"]), row["peer_ms"]) for row in found]
-    ours, total = by_phase(details["ours"]), details["ours"]["total_ms"]
-    floors = [sum(column) for column in zip(*details["floor_layers"], strict=True)]
-    cells = []
-    for index, phase in enumerate(details["phases"]):
-        theirs = [milliseconds[index] for _, milliseconds, _ in peers]
-        cells.append(_line(phase, ours[index], floors[index], theirs, total, sum(floors)))
-    cells.append(_line("the whole step", total, sum(floors), [peer_ms for _, _, peer_ms in peers], total, sum(floors)))
-    header = ["phase", "ours, ms", "of the whole", "floor, ms", "floor / ours", "of what is left"]
-    for name, _, _ in peers:
-        header += [f"{name}, ms", "/ ours"]
+    names = details["phases"]
+    columns = [by_phase(details["ours"]), [sum(column) for column in zip(*details["floor_layers"], strict=True)]]
+    columns += [by_phase(row["details"]["peer"]) for row in found]
+    total = sum(columns[0])
+    lines = [(name, values) for name, *values in zip(names, *columns, strict=True)]
+    wholes = [sum(column) for column in columns]
+    forward = names.index("forward")
+    lines.append(
+        ("without the forward", [whole - column[forward] for whole, column in zip(wholes, columns, strict=True)])
+    )
+    lines.append(("the whole step", wholes))
+    header = ["phase", "ours, ms", "of the whole", "floor, ms", "above it, ms", "floor / ours"]
+    for row in found:
+        header += [f"{row['peer']}, ms", "/ ours"]
+    cells = [_line(name, values, total) for name, values in lines]
     return "\n".join([details["words"], "", format_table(header, cells), "", *_remarks(found)])
 
 
-def _line(name: str, ours: float, floor: float, peers: list[float], total: float, floors: float) -> list[str]:
-    left = (ours - floor) / (total - floors) if total > floors else float("nan")
-    cells = [
-        name,
-        _ms(ours),
-        f"{ours / total:.0%}",
-        _ms(floor) if floor else "",
-        f"{floor / ours:.0%}" if floor else "",
-    ]
-    cells.append(f"{left:.0%}")
+def _line(name: str, values: list[float], total: float) -> list[str]:
+    """Cells of ours, the floor, and the peers."""
+    ours, floor, *peers = values
+    cells = [name, _ms(ours), f"{ours / total:.0%}", _ms(floor) if floor else "", _ms(ours - floor)]
+    cells.append(f"{floor / ours:.0%}" if floor else "")
     for peer in peers:
         cells += [_ms(peer), f"{peer / ours:.1f}" if name != "other" else ""]
     return cells
@@ -62,6 +61,7 @@ def _remarks(found: list[_RowData]) -> list[str]:
         f"outside of the layers {_ms(outside)} ms.",
         f"{details['grams']} Grams of distinct inputs were factored, {details['grams_from_rows']} of them from their "
         "tokens' rows.",
+        "The floor takes the rates of torch's own products and copies, measured before: what is faster is below it.",
     ]
     for row in found:
         agreement = row["details"]["agreement"]
@@ -82,7 +82,7 @@ def _remarks(found: list[_RowData]) -> list[str]:
 
 
 def _ms(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -171,6 +171,32 @@ def test_the_row_has_what_is_drawn():
     assert [len(layer) for layer in details["floor_layers"]] == [len(details["phases"])] * 2
 
 
+def test_a_large_step_is_held_to_the_float32_peer(monkeypatch):
+    """As on a GPU, where there are two peers; the second one is made wrong, and only its own row says so."""
+    both = {"step_vs_torch_fp32": ("float32", "highest"), "step_vs_torch_tf32": ("TF32", "high")}
+    assert bench_step.precisions(torch.device("cuda")) == both
+    assert list(bench_step.precisions(CPU)) == ["step_vs_torch_fp32"]
+    seen = []
+
+    def eager(old, new, *rest):
+        seen.append((torch.get_float32_matmul_precision(), *rest[4:]))
+        found = step_eager.eager_step(old, new, *rest)
+        if seen[-1][0] == "high":
+            next(iter(step_model.linear_weights(new).values())).mul_(1.5)
+        return found
+
+    monkeypatch.setattr(bench_step, "precisions", lambda device: both)
+    monkeypatch.setattr(bench_step, "_LARGE_WIDTH", 0)
+    monkeypatch.setattr(bench_step, "eager_step", eager)
+    first, second = bench_step.rows(benchmarks.Setting(CPU, quick=True))
+    assert [name for name, _ in seen] == ["highest", "high"] and {dtype for _, dtype in seen} == {torch.float32}
+    assert (first.peer, second.peer) == ("eager torch, float32", "eager torch, TF32")
+    assert first.repeats == second.repeats == 1 and first.ours_ms == second.ours_ms
+    assert first.correct and second.correct and first.error == second.error < 1e-3
+    assert first.peer_error is None and second.peer_error > 1
+    assert second.details["agreement"]["difference"] == second.peer_error
+
+
 def _noisy_diagonal(monkeypatch):
     """Some percent wrong, here more and there less."""
     true = hpa_ext.GramDiagonal.of

@@ -136,9 +136,15 @@ def test_the_table_says_what_was_measured():
     assert text.startswith("2 decoder layers\n")
     # Of the Gram: ours 95 ms, floor 80 ms, peers 1010 and 410 ms.
     total, floor = sum(map(sum, (*OURS, OUTSIDE))), sum(map(sum, FLOORS))
-    left = (95 - 80) / (total - floor)
-    assert lines["Gram"] == ["95", f"{95 / total:.0%}", "80", "84%", f"{left:.0%}", "1,010", "10.6", "410", "4.3"]
-    assert lines["the whole step"][:5] == [f"{total:,.0f}", "100%", f"{floor:,.0f}", f"{floor / total:.0%}", "100%"]
+    assert lines["Gram"] == ["95", f"{95 / total:.0%}", "80", "15", "84%", "1,010", "10.6", "410", "4.3"]
+    whole = [f"{total:,.0f}", "100%", f"{floor:,.0f}", f"{total - floor:.3g}", f"{floor / total:.0%}"]
+    peers = [sum(map(sum, (*layers, outside))) for layers, outside in PEERS.values()]
+    for peer in peers:
+        whole += [f"{peer:,.0f}", f"{peer / total:.1f}"]
+    assert lines["the whole step"] == whole
+    own, rest = total - 840, peers[0] - 851  # less the forwards
+    assert lines["without the forward"][5:7] == [f"{rest:,.0f}", f"{rest / own:.1f}"]
+    assert lines["without the forward"][:4] == [f"{own:,.0f}", f"{own / total:.0%}", f"{floor - 600:,.0f}", "78"]
     assert "Ours by decoder layer: 542 to 547 ms, median 544; outside of the layers 42 ms." in text
     assert "Against eager torch, fp32: 3 of 9000 columns decided otherwise, in 2 of 14 linears" in text
     assert "16 Grams of distinct inputs were factored, 2 of them" in text
@@ -152,3 +158,16 @@ def test_a_file_without_a_step_is_refused(tmp_path, capsys):
     path.write_text(json.dumps({"rows": []}))
     assert step_report.main([str(path)]) == 1
     assert "expected rows of step_vs_torch_fp32" in capsys.readouterr().err
+
+
+def test_the_document_has_the_table_of_its_results_file():
+    document = importlib.import_module(f"{benchmarks.__name__}.step_document")
+    text = document.DOCUMENT.read_text(encoding="utf-8")
+    path = document.source(text)
+    known = json.loads(path.read_text(encoding="utf-8"))
+    assert document.updated(text, path.name, known) == text, "run `python -m benchmarks.step_document`"
+    assert (document.DOCUMENT.parent / "performance" / document.PICTURE.name).stat().st_size > 0
+    known["rows"][-1]["details"]["ours"]["layers"][0][0] += 1000
+    assert document.updated(text, path.name, known) != text
+    with pytest.raises(ValueError, match="expected the marks"):
+        document.source("no marks")

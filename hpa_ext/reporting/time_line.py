@@ -54,7 +54,7 @@ def time_line(rows: Sequence[dict[str, Any]], title: str) -> Figure:
     floors = details["floor_layers"]
     bars = [("ours", by_phase(details["ours"])), ("floor", [sum(column) for column in zip(*floors, strict=True)])]
     bars += [(row["peer"], by_phase(row["details"]["peer"])) for row in found[-1]]
-    heights = [0.9 + 0.5 * len(bars), 1.2 + 0.42 * (len(layers) + 1)]
+    heights = [0.9 + 0.5 * len(bars), 1.2 + 0.36 * (len(layers) + 1)]
     figure = Figure(figsize=(11, sum(heights) + 1.2), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, height_ratios=heights)
@@ -76,7 +76,7 @@ def _draw_wholes(axes: Axes, bars: list[tuple[str, list[float]]]) -> None:
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
     axes.set_xlim(0, 1.09 * longest)
     axes.set_title("the whole step", loc="left", fontsize=9)
-    _finish(axes, unit)
+    _finish(axes, unit, len(bars))
 
 
 def _draw_layers(
@@ -92,7 +92,7 @@ def _draw_layers(
     axes.set_yticks(range(len(layers) + 1), [*names, "outside of the layers"], fontsize=8)
     axes.set_xlim(0, 1.02 * longest)
     axes.set_title("ours by decoder layer; thin and pale: the floor", loc="left", fontsize=9)
-    _finish(axes, unit)
+    _finish(axes, unit, len(layers) + 1)
 
 
 def _stack(axes: Axes, place: float, values: list[float], height: float, longest: float, alpha: float = 1.0) -> None:
@@ -105,8 +105,8 @@ def _stack(axes: Axes, place: float, values: list[float], height: float, longest
         left += value
 
 
-def _finish(axes: Axes, unit: str) -> None:
-    axes.invert_yaxis()
+def _finish(axes: Axes, unit: str, lines: int) -> None:
+    axes.set_ylim(lines - 0.4, -0.6)  # the first line is above
     axes.set_xlabel(unit, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(axis="x", alpha=0.25)
