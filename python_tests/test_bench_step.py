@@ -212,8 +212,18 @@ def _noisy_diagonal(monkeypatch):
 
 
 def _other_coefficient(monkeypatch):
-    true = ops.project_merge
-    monkeypatch.setattr(ops, "project_merge", lambda o, n, m, c, *rest, **more: true(o, n, m, 1.5 * c, *rest, **more))
+    """As if the projection had taken half of its part along the old weight away once more."""
+    true = hpa_ext.harmonize_model
+
+    def harmonize_model(old, new, *rest, **options):
+        report = true(old, new, *rest, **options)
+        olds = step_model.linear_weights(old)
+        for name, weight in step_model.linear_weights(new).items():
+            coefficient = report.layers[name].projection_coefficient
+            weight.copy_(weight.float() - 0.5 * coefficient * olds[name].float())
+        return report
+
+    monkeypatch.setattr(hpa_ext, "harmonize_model", harmonize_model)
 
 
 @pytest.mark.parametrize("spoil", [_noisy_diagonal, _other_coefficient])
