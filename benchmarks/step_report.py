@@ -56,8 +56,9 @@ def _remarks(found: list[_RowData]) -> list[str]:
     details = found[0]["details"]
     layers = sorted(sum(layer) for layer in details["ours"]["layers"])
     outside = sum(details["ours"]["outside"])
+    spread = f"{_ms(layers[0])} to {_ms(layers[-1])} ms, median {_ms(statistics.median(layers))}"
     lines = [
-        f"Ours by decoder layer: {_ms(layers[0])} to {_ms(layers[-1])} ms, median {_ms(statistics.median(layers))}; "
+        f"Ours by decoder layer: {spread if len(layers) > 1 else _ms(layers[0]) + ' ms'}; "
         f"outside of the layers {_ms(outside)} ms.",
         f"{details['grams']} Grams of distinct inputs were factored, {details['grams_from_rows']} of them from their "
         "tokens' rows.",
