@@ -20,6 +20,7 @@ BENCHMARKS = (
     "project_merge",
     "routed_lora",
     "harmonize",
+    "step",
     "compromise",
     "hide",
 )

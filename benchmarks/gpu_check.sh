@@ -29,8 +29,14 @@ for tool in memcheck racecheck; do
   [ "$wgmma" = failed ] || sanitize "$tool" --wgmma
 done
 
-benchmarks=()  # all
-[ "$wgmma" = passed ] ||
-  benchmarks=(gram inverse_diagonal column_scores column_mask project_merge routed_lora harmonize compromise hide)
+benchmarks=(gram inverse_diagonal column_scores column_mask project_merge routed_lora harmonize compromise hide)
+[ "$wgmma" = failed ] || benchmarks+=(gram_kernels)
 "$PYTHON" -m hpa_ext.cli.main bench "${benchmarks[@]}" --device cuda --native-cuda
+# The step at 7B shapes with its peers, two minutes by estimate; apart, so that it cannot cost the other numbers.
+hopper=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_capability() == (9, 0))")
+[ "$wgmma" = failed ] || [ "$hopper" = False ] || export HPA_EXT_GRAM_KERNEL=wgmma
+step=passed
+timeout --signal=KILL 240 "$PYTHON" -m hpa_ext.cli.main bench step --device cuda --native-cuda \
+  --time-line benchmarks/results/step.png 2>&1 | tee -a "$LOG" || step=failed
+[ "$step" = passed ] || { echo "gpu-check: the step as a whole was wrong, did not end or did not fit" | tee -a "$LOG"; exit 1; }
 [ "$wgmma" = passed ] || { echo "gpu-check: the wgmma kernel of gram failed its tests or did not end" | tee -a "$LOG"; exit 1; }

@@ -24,6 +24,8 @@ _LABELS = {
     "project_merge_vs_eager": "`project_merge` into a new tensor against eager torch",
     "routed_lora_vs_loop": "`routed_lora` against a loop over experts",
     "harmonize_vs_eager": "`harmonize` as a whole against eager torch",
+    "step_vs_torch_fp32": "the step as a whole against eager torch in fp32",
+    "step_vs_torch_tf32": "the step as a whole against eager torch with TF32",
 }
 
 

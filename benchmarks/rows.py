@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, as it stands in the results file. ``ratio == peer_ms / ours_ms``."""
+    """One measurement, as it stands in the results file. ``ratio == peer_ms / ours_ms``.
+
+    `details` holds what a benchmark has to say beyond these numbers, as plain values.
+    """
 
     metric: str
     shape: list[int]
@@ -79,6 +83,7 @@ class Row:
     error_limit: float
     peer_error: float | None
     correct: bool
+    details: dict[str, Any] | None = None
 
 
 @dataclass

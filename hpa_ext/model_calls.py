@@ -42,7 +42,7 @@ def forward_options(model: nn.Module, all_logits: bool) -> dict[str, Any]:
     The output head needs all positions if it is calibrated itself.
     """
     accepted = inspect.signature(model.forward).parameters
-    options = {"use_cache": False, "logits_to_keep": 0 if all_logits else 1}
+    options = {"use_cache": False, "logits_to_keep": 0 if all_logits else _last_position(model)}
     chosen = {key: value for key, value in options.items() if key in accepted}
     # LLaVA and its kin hand what they do not name on to the language model.
     hands_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
@@ -50,6 +50,16 @@ def forward_options(model: nn.Module, all_logits: bool) -> dict[str, Any]:
     if hands_on and hasattr(text, "use_cache"):
         chosen["use_cache"] = False
     return chosen
+
+
+def _last_position(model: nn.Module) -> int | Tensor:
+    """The last position as transformers' `logits_to_keep` takes it: a count, or a tensor of indices.
+
+    A count gives the head a slice. On the CPU torch multiplies a slice of several samples sample by sample, and copies
+    the head's weight for each; what an index picks is contiguous, and is one product.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return torch.tensor([-1]) if on_cpu else 1
 
 
 @contextmanager

@@ -28,6 +28,7 @@ METRICS = {
     "project_merge_vs_eager",
     "routed_lora_vs_loop",
     "harmonize_vs_eager",
+    "step_vs_torch_fp32",
     "cholesky_vs_torch",
     "compromise_vs_eager",
     "hide_layer_vs_loop",

@@ -127,6 +127,15 @@ def test_no_cache_and_no_labels_reach_the_model():
     assert seen == {"labels": None, "use_cache": False}
 
 
+def test_the_head_sees_one_contiguous_position_of_each_sample():
+    """Of a slice torch would multiply each sample by a copy of the head's weight."""
+    model = tiny_models.llava()
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append((list(args[0].shape), args[0].is_contiguous())))
+    calibrate(model, tiny_models.batches(model, count=1), progress=False)
+    assert seen == [([4, 1, 32], True)]
+
+
 def test_data_loaders_tensors_and_tuples():
     model = tiny_models.llama()
     batches = tiny_models.batches(model, count=2)

@@ -11,13 +11,17 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
 from hpa_ext import ops
 from hpa_ext.build_info import OPERATIONS, build_info
 
-NAMES = (*OPERATIONS, "gram_kernels", "harmonize", "compromise", "hide")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAMES = (*OPERATIONS, "gram_kernels", "harmonize", "step", "compromise", "hide")
 _PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -46,6 +50,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--plot", type=Path, metavar="FILE", help="draw how cost grows (.png, .svg or .pdf); best with --full"
     )
     parser.add_argument(
+        "--time-line", type=Path, metavar="FILE", help="draw the phases of the step by layer (.png, .svg or .pdf)"
+    )
+    parser.add_argument(
         "--instruction-set", metavar="NAME", help="the CPU kernels to use, of those that `hpa-ext info` lists"
     )
     parser.add_argument(
@@ -65,14 +72,19 @@ def run(args: argparse.Namespace) -> int:
         return _refuse("--device cuda: torch sees no CUDA device here")
     if args.out is not None and (args.out.is_dir() or not _can_write_beside(args.out)):
         return _refuse(f"--out: expected a file that can be written, got {args.out}")
-    if args.plot is not None and not _can_draw(args.plot):
-        return _refuse(f"--plot: expected a file {', '.join(_PICTURES)} that can be written, got {args.plot}")
+    for option, path in (("--plot", args.plot), ("--time-line", args.time_line)):
+        if path is not None and not _can_draw(path):
+            return _refuse(f"{option}: expected a file {', '.join(_PICTURES)} that can be written, got {path}")
+    if args.time_line is not None and args.op and "step" not in args.op:
+        return _refuse("--time-line: expected step among what is measured")
     if args.instruction_set is not None and args.instruction_set not in build_info()["instruction_sets"]:
         known = ", ".join(build_info()["instruction_sets"])
         return _refuse(f"--instruction-set: expected one of {known} on this processor, got {args.instruction_set!r}")
     device = torch.device("cuda", torch.cuda.current_device()) if args.device == "cuda" else torch.device("cpu")
     benchmarks = load_benchmarks()
-    results, table = (importlib.import_module(f"{benchmarks.__name__}.{name}") for name in ("results", "table"))
+    results, table, step_report = (
+        importlib.import_module(f"{benchmarks.__name__}.{name}") for name in ("results", "table", "step_report")
+    )
     setting = benchmarks.Setting(device, args.quick, args.full, args.repeats, seed=secrets.randbits(31))
     kernels = ops.native_cuda() if args.native_cuda else contextlib.nullcontext()
     chosen = ops.instruction_set(args.instruction_set) if args.instruction_set else contextlib.nullcontext()
@@ -81,12 +93,25 @@ def run(args: argparse.Namespace) -> int:
         document = results.contents(rows, setting)
     _progress("")
     print(table.header(document, setting.ceilings), table.table(rows), sep="\n\n")
+    phases = step_report.report(document["rows"])
+    if phases:
+        print("", phases, sep="\n")
     if not all(row.correct for row in rows):
         print("hpa-ext bench: a result was WRONG (see the table); nothing was saved", file=sys.stderr)
         return 1
     if args.out is not None or not (args.quick or args.no_save):
         print(f"\nsaved to {results.save(document, args.out)}")
-    return 0 if args.plot is None else _plot(document, args.plot)
+    drawn = 0 if args.plot is None else _plot(document, args.plot)
+    if args.time_line is None:
+        return drawn
+    return max(drawn, _draw_time_line(document, step_report.title(document), args.time_line))
+
+
+def _draw_time_line(document: dict, title: str, path: Path) -> int:
+    """Draw to the file; the exit code."""
+    from hpa_ext.reporting.time_line import time_line
+
+    return _save(time_line(document["rows"], title), "--time-line", path)
 
 
 def _plot(document: dict, path: Path) -> int:
@@ -100,10 +125,15 @@ def _plot(document: dict, path: Path) -> int:
     except ValueError:
         print("\nno picture: no metric has two sizes that differ in one dimension; try --full", file=sys.stderr)
         return 0
+    return _save(picture, "--plot", path)
+
+
+def _save(picture: Figure, option: str, path: Path) -> int:
+    """The exit code."""
     try:
         picture.savefig(path)
     except OSError as error:
-        print(f"hpa-ext bench: --plot: {path} could not be written: {error}", file=sys.stderr)
+        print(f"hpa-ext bench: {option}: {path} could not be written: {error}", file=sys.stderr)
         return 1
     print(f"\ndrawn to {path}")
     return 0
