@@ -215,7 +215,9 @@ def check_pending_lora():
         grams = grams_of(base, batches)
         expected = copy.deepcopy(adapted)
         report = harmonize_model(base, expected, grams, grams, progress=False)
-        tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-7}
+        # A plain model takes the factors; of a sharded one the new weight is formed, and rounded once more.
+        eps = torch.finfo(dtype).eps
+        tolerance = {"rtol": 2 * eps, "atol": max(1e-7, 2e-3 * eps)}
         for kind in ("plain", "own base", "remembered"):
             model = sharded(copy.deepcopy(adapted))
             old = base if kind == "plain" else model.get_base_model()
@@ -235,7 +237,10 @@ def check_pending_lora():
                 torch.testing.assert_close(whole(value), state[name], **tolerance)
             assert len(ours) == (6 if kind == "own base" else len(report))
             torch.testing.assert_close(
-                tiny_models.logits(model, batches[0]), tiny_models.logits(expected, batches[0]), rtol=0.02, atol=1e-3
+                tiny_models.logits(model, batches[0]),
+                tiny_models.logits(expected, batches[0]),
+                rtol=0.02,
+                atol=max(1e-3, eps / 2),
             )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from hpa_ext.compromise.config import CompromiseConfig
@@ -13,7 +12,7 @@ from hpa_ext.compromise.layer import LastInput, checked_config, merge, merge_lor
 from hpa_ext.compromise.report import CompromiseLayerReport, CompromiseReport, report_warnings
 from hpa_ext.hpa.model import embedding_warnings, layer_bar
 from hpa_ext.hpa.naming import naming
-from hpa_ext.hpa.pairs import check_counted, distinct, match, weights
+from hpa_ext.hpa.pairs import check_counted, distinct, low_rank_of_pair, match, weights
 from hpa_ext.interrupts import interrupt_held_back
 from hpa_ext.models.linear import Linear
 from hpa_ext.models.linears import experts_without_linears, find_linears
@@ -108,14 +107,8 @@ def _merged(
     last: LastInput,
 ) -> tuple[Tensor, CompromiseLayerReport]:
     """The merged weight of one pair of linears, and its report."""
-    factors, base = new.pending_lora(), new.base_weight()
-    if factors is not None:
-        before = old.weight_like(base) if isinstance(old, RememberedLinear) else old.base_weight()
-        if isinstance(old, RememberedLinear) or old.module is new.module or not old.has_pending_adapters():
-            before = before.to(base.device)
-            # In 16 bits the difference of the merged weights would be the update with the rounding of all weights.
-            if before.dtype == base.dtype and torch.equal(before, base):
-                a, b = (factor.to(base.device) for factor in factors[:2])
-                compromise = last.of(gram, earlier, before, config)
-                return merge_lora(compromise, before, (a, b, factors[2]), len(earlier), name)
+    update = low_rank_of_pair(old, new)
+    if update is not None:
+        compromise = last.of(gram, earlier, update.old, config)
+        return merge_lora(compromise, update.old, (update.a, update.b, update.scaling), len(earlier), name)
     return merge(*weights(old, new), gram, config, earlier=earlier, name=name, last=last)

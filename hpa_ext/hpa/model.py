@@ -15,10 +15,12 @@ from hpa_ext.hpa.decisions import grams_agree, plans_of_first
 from hpa_ext.hpa.groups import batches
 from hpa_ext.hpa.layer_grams import LayerGrams, read_grams
 from hpa_ext.hpa.layer_plan import LayerPlan, merge_updates, reports_of
+from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.hpa.naming import naming
-from hpa_ext.hpa.pairs import Pair, check_counted, distinct, match, update_of_pair
+from hpa_ext.hpa.pairs import Pair, check_counted, distinct, match, update_of_pair, weights
 from hpa_ext.hpa.plan import plan_measured
 from hpa_ext.hpa.report import ModelReport, report_warnings
+from hpa_ext.hpa.sharded import update_of
 from hpa_ext.hpa.sums import UpdateSums, measure
 from hpa_ext.interrupts import interrupt_held_back
 from hpa_ext.models.linears import experts_without_linears, find_linears
@@ -49,7 +51,8 @@ def harmonize_model(
             `RememberedWeights`, copies of the weights that `model_new` had before the step.
         model_new: the model after it. A PeftModel with LoRA needs no merging first: its update counts, the harmonized
             weight is written into the base layer, and the adapter's B becomes zero, so that the PeftModel acts as the
-            harmonized model (``merge_and_unload()`` gives the plain one) and can be tuned further. `model_old` may then
+            harmonized model (``merge_and_unload()`` gives the plain one) and can be tuned further. Where one LoRA is
+            all that changed, no new weight is formed, which spares 16-bit weights a rounding. `model_old` may then
             be the same model's ``get_base_model()``; its safety Grams must then be made inside
             ``with model_new.disable_adapter():``, because the base model runs the adapter too.
         safety, task: Grams (or matrices) by module name, as `calibrate` returns them.
@@ -113,6 +116,7 @@ def harmonize_model(
     names = list(pairs)
     kept = [grams[name] for name in names]
     sums: list[UpdateSums] = []
+    low_rank: dict[str, LowRankUpdate] = {}
     with layer_bar(pairs, "score", progress) as bar:
         for batch in weight_batches(pairs):
             loaded = []
@@ -120,6 +124,7 @@ def harmonize_model(
                 with naming(name):
                     loaded.append(update_of_pair(*pairs[name]))
             sums += measure(loaded, [grams[name] for name in batch], config)
+            low_rank |= {name: u for name, u in zip(batch, loaded, strict=True) if isinstance(u, LowRankUpdate)}
             bar.update(len(batch))
 
     with processes.together():
@@ -130,7 +135,7 @@ def harmonize_model(
 
     with interrupt_held_back(), layer_bar(pairs, "merge", progress) as bar:
         for batch in weight_batches(pairs):
-            write_merged({name: pairs[name] for name in batch}, plans)
+            write_merged({name: pairs[name] for name in batch}, plans, low_rank)
             bar.update(len(batch))
     return ModelReport(
         layers=reports,
@@ -150,9 +155,11 @@ def weight_batches(pairs: Mapping[str, Pair]) -> Iterator[list[str]]:
     return batches(pairs, [2 * whole.numel() * whole.element_size() for whole in wholes], BATCH_BYTES)
 
 
-def write_merged(pairs: Mapping[str, Pair], plans: Mapping[str, LayerPlan]) -> None:
-    """Write the harmonized weights of these layers into the new model."""
-    updates = [update_of_pair(old, new) for old, new in pairs.values()]
+def write_merged(
+    pairs: Mapping[str, Pair], plans: Mapping[str, LayerPlan], low_rank: Mapping[str, LowRankUpdate]
+) -> None:
+    """Write the harmonized weights of these layers into the new model; `low_rank` has those that are a LoRA alone."""
+    updates = [low_rank.get(name) or update_of(*weights(*pair)) for name, pair in pairs.items()]
     merge_updates([plans[name] for name in pairs], updates, [new.base_weight() for _, new in pairs.values()])
     for _, new in pairs.values():
         new.absorb_adapters()

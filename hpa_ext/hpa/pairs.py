@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from hpa_ext.gram_diagonal import AnyGram
@@ -98,18 +99,33 @@ def _check_weights(name: str, old: Linear | RememberedLinear, new: Linear) -> No
 
 
 def update_of_pair(old: Linear | RememberedLinear, new: Linear) -> WeightUpdate:
-    """What the tuning step did to a weight.
+    """What the tuning step did to a weight: the factors of a LoRA where it is one, and else both weights."""
+    return low_rank_of_pair(old, new) or update_of(*weights(old, new))
 
-    Where the old model is the base of the tuned PeftModel itself, one LoRA is taken as the factors that it is, and no
-    new weight is formed.
+
+def low_rank_of_pair(old: Linear | RememberedLinear, new: Linear) -> LowRankUpdate | None:
+    """The one LoRA that is the whole update, on the stored weight of the new model; None where there is no such.
+
+    Its factors are enough, and exact: in 16 bits the difference of the merged weights would be the update with the
+    rounding of all weights.
     """
-    factors = new.pending_lora()
-    base = new.base_weight()
-    if isinstance(old, Linear) and old.module is new.module and factors is not None:
-        a, b, scaling = factors
-        if not any(is_sharded(tensor) for tensor in (base, a, b)):
-            return LowRankUpdate(base, a.to(base.device), b.to(base.device), scaling)
-    return update_of(*weights(old, new))
+    factors, base = new.pending_lora(), new.base_weight()
+    if factors is None or any(is_sharded(tensor) for tensor in (base, *factors[:2])):
+        return None
+    if isinstance(old, RememberedLinear):
+        before = old.weight_like(base)
+    elif old.module is new.module:
+        before = base  # of the tuned PeftModel itself, whose own update must not count as old
+    elif old.has_pending_adapters():
+        return None
+    else:
+        before = old.base_weight()
+    if is_sharded(before) or before.dtype != base.dtype:
+        return None
+    if before is not base and not torch.equal(before.to(base.device), base):
+        return None
+    a, b, scaling = factors
+    return LowRankUpdate(base, a.to(base.device), b.to(base.device), scaling)
 
 
 def weights(old: Linear | RememberedLinear, new: Linear) -> tuple[Tensor, Tensor]:
