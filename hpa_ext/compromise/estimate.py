@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from hpa_ext.checkpoints.files import free_bytes
-from hpa_ext.checkpoints.gram_file import GramFile
 from hpa_ext.checkpoints.output import check_output, partial_directory
 from hpa_ext.compromise.adapter import directories_of
 from hpa_ext.compromise.adapter_file import AdapterFile, BaseModel
@@ -19,27 +18,14 @@ from hpa_ext.compromise.checkpoint import prepare
 from hpa_ext.compromise.config import CompromiseConfig
 from hpa_ext.compromise.gram_sources import GramSources
 from hpa_ext.compromise.layer import checked_config
-from hpa_ext.costs import Stage, Work, memory, work
+from hpa_ext.compromise.times import LinearShape, merging_seconds, solving_times
+from hpa_ext.costs import Stage, memory
 from hpa_ext.costs.disk import measure_disk
-from hpa_ext.costs.samples import cholesky_rates, energy_rates, product_rates, shortest_seconds, solve_rates
+from hpa_ext.costs.samples import shortest_seconds
 from hpa_ext.hpa.checkpoint.arguments import input_paths, usable_device
-from hpa_ext.hpa.checkpoint.estimate import CheckpointPlan, merge_bytes
+from hpa_ext.hpa.checkpoint.estimate import CheckpointPlan, merge_bytes, pool_bytes
 from hpa_ext.hpa.checkpoint.grams import GramSource
-from hpa_ext.hpa.checkpoint.models import entry_of
-from hpa_ext.hpa.checkpoint.samples import gram_read_rate, rank_of, read_stage
-
-EVALUATIONS = 4
-"""Strengths that the search for a budget takes, about: 2 to 6 over random Grams and budgets of 0.02 to 0.2."""
-
-_MOST_SAMPLE_ROWS = 256
-
-
-@dataclass(frozen=True)
-class _Module:
-    """A linear: the width of its input, and the rows of its update (a LoRA's rank, or out_features)."""
-
-    width: int
-    rows: int
+from hpa_ext.hpa.checkpoint.samples import rank_of, read_stage
 
 
 def plan_checkpoint(
@@ -81,15 +67,15 @@ def plan_checkpoint(
             rows, width = linear.base_weight().shape
             rank = rank_of(job, name)
             # Of a dense update many more rows than columns are compressed before the search.
-            found[name] = _Module(width, rows if rank is None else rank)
+            found[name] = LinearShape(width, rows if rank is None else rank)
         read, written = merge_bytes(job)
-        largest = max((entry_of(job.old, f"{name}.weight").nbytes for name in job.names), default=0)
-        # A merged weight is the old one and a product, which is HPA's merge without a mask.
-        merging = UpdateTimes(job, device, merges=True, method=HPAMethod())
-        seconds = sum(merging.seconds(name) for name in job.names)
+        kind_of = job.kind_of()
+        order = [module for name in job.source.entries for kind, module in [kind_of(name)] if kind == "merge"]
+        found = {name: found[name] for name in order}
+        seconds = merging_seconds(job, device)
         return _plan(
             "checkpoint", found, job.method.sources, config, device, out, read_stage(job, read), read, written,
-            seconds, 5 * largest, opened,
+            seconds, pool_bytes(job), opened,
         )  # fmt: skip
     finally:
         job.close()
@@ -117,7 +103,7 @@ def plan_adapter(
         grams = GramSources.open(safety, task, earlier)
         names = source.choose(grams.mappings, modules)
         shapes = {name: source.modules[name].entries["a"].shape for name in names}
-        found = {name: _Module(width, rows) for name, (rows, width) in shapes.items()}
+        found = {name: LinearShape(width, rows) for name, (rows, width) in shapes.items()}
         grams.check({name: one.width for name, one in found.items()})
         opened = time.perf_counter() - start
         size = sum(entry.nbytes for entry in source.shard.entries)
@@ -135,18 +121,9 @@ def _reading(source: AdapterFile, nbytes: int) -> Stage:
     return Stage(nbytes / rate, nbytes / rate)
 
 
-@dataclass(frozen=True)
-class _Times:
-    """Seconds of a plan's phases, bytes of Grams to read, and rates."""
-
-    seconds: dict[str, float]
-    gram_read: int
-    rates: dict[str, float]
-
-
 def _plan(
     output: str,
-    modules: Mapping[str, _Module],
+    modules: Mapping[str, LinearShape],
     sources: GramSources,
     config: CompromiseConfig,
     device: torch.device,
@@ -168,9 +145,10 @@ def _plan(
     """
     groups = sources.groups(list(modules))
     count = len(sources.mappings)
+    inputs = groups if output == "adapter" else _in_a_row(groups, list(modules))
     parent = partial_directory(Path(out)).parent
     disk = measure_disk(parent)
-    times = _arithmetic(modules, groups, sources, config, device)
+    times = solving_times(modules, inputs, sources, config, device)
     # An adapter's modules are synced one by one, a checkpoint's layer by layer beside the arithmetic.
     syncs = 2 * len(modules) if output == "adapter" else len(groups) // 2
     kept = disk.kept(written, syncs)
@@ -183,13 +161,11 @@ def _plan(
         seconds["merge"] = merging
         # Beside each other: what is left of reading and writing once the arithmetic is done.
         seconds["read and write"] = max(max(read.seconds, kept.seconds) - computing, kept.seconds / max(len(groups), 1))
-    widest = max(modules.values(), key=lambda one: (one.width, one.rows), default=None)
-    highest = [0, 0]
-    if widest is not None:
-        highest = [
-            max(memory.compromise(one.width, one.rows, count, float64=wide) for one in set(modules.values())) + beside
-            for wide in (False, True)
-        ]
+    highest = [
+        max((memory.compromise(one.width, one.rows, count, float64=wide) for one in set(modules.values())), default=0)
+        + beside
+        for wide in (False, True)
+    ]
     return CheckpointPlan(
         output=output,
         modules=len(modules),
@@ -204,63 +180,7 @@ def _plan(
     )
 
 
-def _arithmetic(
-    modules: Mapping[str, _Module],
-    groups: Sequence[Sequence[str]],
-    sources: GramSources,
-    config: CompromiseConfig,
-    device: torch.device,
-) -> _Times:
-    """Reading the Grams, factoring their sums, and solving."""
-    if not modules:
-        return _Times({"read Grams": 0.0, "factor": 0.0, "solve": 0.0}, 0, {})
-    count, tried = len(sources.mappings), _tried(config)
-    factors = Work()
-    solves: dict[int, list[Work]] = {}
-    for group in groups:
-        for index, name in enumerate(group):
-            one = modules[name]
-            # At one strength the linears of an input share its factor.
-            times = tried if config.strength is None or index == 0 else 0
-            factors += times * work.cholesky(one.width, min(count, 3))
-            searched = tried if config.strength is None else 0
-            # Rows times each Gram, before and after, and at each strength that is tried.
-            parts = solves.setdefault(one.rows, [Work(), Work(), Work()])
-            parts[0] += tried * work.solve_rows(one.rows, one.width)
-            parts[1] += (2 * count + searched) * work.product(one.rows, one.width)
-            parts[2] += (2 * count + searched + 2) * work.energy(one.rows, one.width)
-    widest = max(one.width for one in modules.values())
-    factor_rates = cholesky_rates(widest, min(count, 3), device)
-    factoring = factor_rates.seconds(factors)
-    solving = 0.0
-    for rows, parts in _by_rates(solves):
-        kinds = (solve_rates, product_rates, energy_rates)
-        rates = [kind(widest, rows, device) for kind in kinds[:2]] + [energy_rates(rows, device)]
-        solving += sum(one.seconds(part) for one, part in zip(rates, parts, strict=True))
-    found = {"factor": factors.operations / factoring} if factoring else {}
-    files = [grams for grams in sources.mappings.values() if isinstance(grams, GramFile)]
-    gram_read, reading = 0, 0.0
-    if files:
-        gram_read = sum(len(files) * work.triangle_bytes(modules[group[0]].width) for group in groups)
-        narrowest = min((group[0] for group in groups), key=lambda name: modules[name].width)
-        found["grams"] = gram_read_rate(files, narrowest, device, matrix=True)
-        reading = gram_read / found["grams"]
-    return _Times({"read Grams": reading, "factor": factoring, "solve": solving}, gram_read, found)
-
-
-def _by_rates(solves: Mapping[int, list[Work]]) -> list[tuple[int, list[Work]]]:
-    """Work by the number of rows that its rates are measured with, at most `_MOST_SAMPLE_ROWS` and two of them."""
-    merged: dict[int, list[Work]] = {}
-    for rows, parts in sorted(solves.items()):
-        measured = min(rows, _MOST_SAMPLE_ROWS)
-        near = next((other for other in merged if measured <= 2 * other), measured)
-        held = merged.setdefault(near, [Work()] * len(parts))
-        merged[near] = [one + more for one, more in zip(held, parts, strict=True)]
-    return list(merged.items())
-
-
-def _tried(config: CompromiseConfig) -> int:
-    """Strengths to try for a linear, about."""
-    if config.strength is not None:
-        return 1
-    return EVALUATIONS if 0 < config.budget < 1 else 0
+def _in_a_row(groups: Sequence[Sequence[str]], order: Sequence[str]) -> list[list[str]]:
+    """The modules by input, where an input that comes again after another one counts again: only the last is kept."""
+    group_of = {name: index for index, group in enumerate(groups) for name in group}
+    return [list(names) for _, names in itertools.groupby(order, key=group_of.__getitem__)]

@@ -62,17 +62,19 @@ def low_rank_scratch(rows: int, columns: int, rank: int, *, native: bool) -> int
 
 
 def compromise(width: int, rows: int, grams: int, *, float64: bool = False) -> int:
-    """The Grams of an input, their sum with its factor, and rows ``[rows, width]``: products, tried solutions, result.
+    """The Grams of an input while the last of them is read, or their sum with its factor and the solution's rows.
 
     Args:
         width: of the input.
         rows: the LoRA's rank, or the weight's out_features.
         grams: safety, task and those of earlier tasks, of which the sum alone is kept once it is formed.
         float64: where float32 does not suffice, the sum and its factor are whole squares in float64.
+
+    A Gram that is read lies beside its matrix H, whose values are then looked at, which takes 1 3/4 of it.
     """
-    held = min(grams, 3)
     square = gram(width)
+    reading = grams * square + square + 7 * square // 4
+    held = min(grams, 3)
     row_sets = (grams + (7 if float64 else 5)) * _FLOAT32 * rows * width
-    if float64:
-        return (held + 4) * square + row_sets
-    return held * square + 3 * square // 2 + (square if grams > 3 else 0) + row_sets
+    solving = held * square + (4 * square if float64 else 3 * square // 2) + row_sets
+    return max(reading, solving)

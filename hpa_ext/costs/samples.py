@@ -133,6 +133,14 @@ def energy_rates(count: int, device: torch.device) -> Rates:
     return fitted(measure, _WIDTHS[-1])
 
 
+def filled(shape: tuple[int, int], dtype: torch.dtype, shift: int = 0) -> torch.Tensor:
+    """Random numbers, drawn once and repeated: millions of them would take longer than what is measured."""
+    count = shape[0] * shape[1]
+    block = torch.randn(min(count, 1 << 16) + shift, generator=torch.Generator().manual_seed(shift)).mul_(0.02)
+    block = block[shift:].to(dtype)
+    return block.repeat(-(-count // len(block)))[:count].view(shape)
+
+
 def _waited(result: torch.Tensor) -> None:
     """Wait for a device: what is timed is the work, not its enqueuing."""
     if result.is_cuda:

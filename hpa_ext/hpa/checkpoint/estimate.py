@@ -187,12 +187,17 @@ def _merging_memory(job: Job) -> int:
     if job.output == "adapter":
         # Without a pool: one weight is read while another is scored.
         return 2 * max((entry_of(job.old, f"{name}.weight").nbytes for name in job.names), default=0) + beside
+    return pool_bytes(job) + beside
+
+
+def pool_bytes(job: Job) -> int:
+    """The buffers of a run that writes a checkpoint."""
     items = []
     for unit in cut(job.source, job.kind_of()):
         for piece in unit.pieces:
             is_dense = piece.kind == "merge" and rank_of(job, piece.module) is None
             items.append([piece.nbytes] * (2 if is_dense else 1))
-    return memory.pipeline_pool(items) + beside
+    return memory.pipeline_pool(items)
 
 
 def _beside(job: Job, module: str) -> int:

@@ -6,12 +6,11 @@ import time
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from hpa_ext.checkpoints.buffers import Buffers
 from hpa_ext.checkpoints.gram_file import GramFile
 from hpa_ext.costs import Rates, Stage, Work, work
-from hpa_ext.costs.samples import Sample, shortest_seconds
+from hpa_ext.costs.samples import Sample, filled, shortest_seconds
 from hpa_ext.gram_diagonal import GramDiagonal
 from hpa_ext.hpa.checkpoint.job import Job, has_low_rank
 from hpa_ext.hpa.checkpoint.merge import moved, plan_module
@@ -98,12 +97,12 @@ class UpdateTimes:
 
     def _sample(self, name: str, rows: int, columns: int, rank: int | None, dtype: torch.dtype) -> Sample:
         job, device = self._job, self._device
-        old = _filled((rows, columns), dtype)
+        old = filled((rows, columns), dtype)
         update: WeightUpdate
         if rank is None:
-            update = DenseUpdate(old, _filled((rows, columns), dtype, shift=77))
+            update = DenseUpdate(old, filled((rows, columns), dtype, shift=77))
         else:
-            a, b = _filled((rank, columns), torch.float32), _filled((rows, rank), torch.float32, shift=77)
+            a, b = filled((rank, columns), torch.float32), filled((rows, rank), torch.float32, shift=77)
             update = LowRankUpdate(old, a, b, 0.01)
         diagonal = GramDiagonal(
             torch.ones(columns), torch.zeros(columns, dtype=torch.bool), 1, job.config.damping, job.config.damping, 32
@@ -144,27 +143,21 @@ def read_stage(job: Job, nbytes: float) -> Stage:
     return Stage(nbytes * seconds / read, nbytes * processor / read)
 
 
-def gram_read_rate(files: Iterable[GramFile], module: str, device: torch.device) -> float | None:
-    """Bytes a second at which a module's Gram comes from a file of triangles; None without such a file."""
+def gram_read_rate(
+    files: Iterable[GramFile], module: str, device: torch.device, *, matrix: bool = False
+) -> float | None:
+    """Bytes a second at which a module's Gram, or with `matrix` H, comes from a file; None without one of triangles."""
     for file in files:
         if file.form == "triangle":
-            seconds = shortest_seconds(lambda file=file: _read_gram(file, module, device), 2, 0.4)
+            seconds = shortest_seconds(lambda file=file: _read_gram(file, module, device, matrix), 2, 0.4)
             return work.triangle_bytes(file.in_features(module)) / seconds
     return None
 
 
-def _read_gram(file: GramFile, module: str, device: torch.device) -> None:
+def _read_gram(file: GramFile, module: str, device: torch.device, matrix: bool) -> None:
     gram = file[module]
     gram.check_finite()
-    if device.type != "cpu":
-        gram.matrix().to(device)
+    if matrix:
+        bool(torch.isfinite(gram.matrix().to(device)).all())
     del gram
     file.forget()
-
-
-def _filled(shape: tuple[int, int], dtype: torch.dtype, shift: int = 0) -> Tensor:
-    """Random numbers, drawn once and repeated: millions of them would take longer than what is measured."""
-    count = shape[0] * shape[1]
-    block = torch.randn(min(count, 1 << 16) + shift, generator=torch.Generator().manual_seed(shift)).mul_(0.02)
-    block = block[shift:].to(dtype)
-    return block.repeat(-(-count // len(block)))[:count].view(shape)
