@@ -19,7 +19,7 @@ from hpa_ext.compromise.config import CompromiseConfig
 from hpa_ext.compromise.gram_sources import GramSources
 from hpa_ext.compromise.layer import checked_config
 from hpa_ext.compromise.times import LinearShape, merging_seconds, solving_times
-from hpa_ext.costs import Stage, memory
+from hpa_ext.costs import Stage, memory, pipeline_seconds
 from hpa_ext.costs.disk import measure_disk
 from hpa_ext.costs.samples import shortest_seconds
 from hpa_ext.hpa.checkpoint.arguments import input_paths, usable_device
@@ -152,15 +152,18 @@ def _plan(
     # An adapter's modules are synced one by one, a checkpoint's layer by layer beside the arithmetic.
     syncs = 2 * len(modules) if output == "adapter" else len(groups) // 2
     kept = disk.kept(written, syncs)
-    transfer = read.seconds + disk.written(written).seconds + kept.seconds
-    seconds = times.seconds | {"open": opened}
+    write = disk.written(written)
     computing = sum(times.seconds.values()) + merging
-    if output == "adapter":
-        seconds["read and write"] = transfer
+    seconds = times.seconds | {"open": opened}
+    if output == "adapter":  # one after the other
+        seconds["read and write"] = read.seconds + write.seconds + kept.seconds
     else:
-        seconds["merge"] = merging
-        # Beside each other: what is left of reading and writing once the arithmetic is done.
-        seconds["read and write"] = max(max(read.seconds, kept.seconds) - computing, kept.seconds / max(len(groups), 1))
+        cores = len(os.sched_getaffinity(0))
+        compute = Stage(computing, computing * min(torch.get_num_threads(), cores))
+        # Beside the arithmetic, whose cores they take; the last layer is kept when all is computed.
+        whole = pipeline_seconds((read, compute, write, kept), cores)
+        last = kept.seconds / max(len(groups), 1)
+        seconds |= {"merge": merging, "read and write": max(whole - computing, last)}
     highest = [
         max((memory.compromise(one.width, one.rows, count, float64=wide) for one in set(modules.values())), default=0)
         + beside

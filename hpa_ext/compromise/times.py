@@ -28,7 +28,7 @@ EVALUATIONS = 4
 """Strengths that the search for a budget takes, about: 2 to 6 over random Grams and budgets of 0.02 to 0.2."""
 
 _MOST_SAMPLE_ROWS = 256
-_MERGED_ROWS, _MERGED_COLUMNS = 1024, 2048
+_MERGED_ROWS, _MERGED_COLUMNS = 2048, 4096
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _merge_rates(most: int | None, dtype: torch.dtype, device: torch.device) -> 
         else:
             a, b = filled((rank, columns), torch.float32), filled((rows, rank), torch.float32)
             steps = [Step(None, LoraUpdate(a.to(device), b.to(device), 0.01))]
-            seconds = shortest_seconds(lambda: apply_steps(old, steps).cpu())
+            seconds = shortest_seconds(lambda: (bool(torch.isfinite(old).all()), apply_steps(old, steps).cpu()))
         return _merge_work(rows, columns, rank, dtype.itemsize), seconds
 
     small, large = (64, 64), (_MERGED_ROWS, _MERGED_COLUMNS)

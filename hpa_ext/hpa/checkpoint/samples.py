@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
@@ -79,44 +80,70 @@ class UpdateTimes:
 
     def _measure(self, is_dense: bool) -> Rates:
         modules = [name for name in self._job.names if (rank_of(self._job, name) is None) == is_dense]
-        weights = {name: self._job.linears[name].base_weight() for name in modules}
-        # The widest input, and the weight that most of the bytes are in.
-        shapes = [tuple(weight.shape) for weight in weights.values()]
-        common = max(dict.fromkeys(shapes), key=lambda shape: shapes.count(shape) * shape[0] * shape[1])
-        widest = max(shapes, key=lambda shape: shape[1])
+        shapes = [tuple(self._job.linears[name].base_weight().shape) for name in modules]
         most = None if is_dense else max(rank_of(self._job, name) for name in modules)
         dtype = dtype_of(self._job, modules[0])
-        tiny = (_TINY, _TINY, None if is_dense else min(most, _TINY))
-        wanted = [tiny, tiny]
-        for shape in dict.fromkeys((common, widest)):
-            rows = max(1, min(shape[0], _MOST_ELEMENTS // shape[1]))
-            for rank in [None] if is_dense else dict.fromkeys((max(1, most // 8), most)):
-                wanted.append((rows, shape[1], rank))
-        samples = [self._sample(modules[0], rows, columns, rank, dtype) for rows, columns, rank in wanted]
-        return Rates.fit(samples[1:])  # the first call of all loads what is loaded then
+        return update_rates(shapes, most, dtype, partial(self._harmonize, modules[0]), merges=self._merges)
 
-    def _sample(self, name: str, rows: int, columns: int, rank: int | None, dtype: torch.dtype) -> Sample:
-        job, device = self._job, self._device
-        old = filled((rows, columns), dtype)
-        update: WeightUpdate
-        if rank is None:
-            update = DenseUpdate(old, filled((rows, columns), dtype, shift=77))
+    def _harmonize(self, module: str, update: WeightUpdate) -> None:
+        job, damping = self._job, self._job.config.damping
+        columns = update.shape[1]
+        dead = torch.zeros(columns, dtype=torch.bool)
+        diagonal = GramDiagonal(torch.ones(columns), dead, 1, damping, damping, 32)
+        reduced = {kind: {module: diagonal} for kind in SETS}
+        there = moved(update, self._device)
+        if self._merges:
+            job.method.merge(job, reduced, module, there)[0].cpu()
         else:
-            a, b = filled((rank, columns), torch.float32), filled((rows, rank), torch.float32, shift=77)
-            update = LowRankUpdate(old, a, b, 0.01)
-        diagonal = GramDiagonal(
-            torch.ones(columns), torch.zeros(columns, dtype=torch.bool), 1, job.config.damping, job.config.damping, 32
-        )
-        reduced = {kind: {name: diagonal} for kind in SETS}
+            plan_module(job, reduced, module, there).report(module)
 
-        def call() -> None:
-            there = moved(update, device)
-            if self._merges:
-                job.method.merge(job, reduced, name, there)[0].cpu()
-            else:
-                plan_module(job, reduced, name, there).report(name)
 
-        return module_work(rows, columns, old.element_size(), rank, merges=self._merges), shortest_seconds(call)
+def update_rates(
+    shapes: Sequence[tuple[int, int]],
+    rank: int | None,
+    dtype: torch.dtype,
+    harmonize: Callable[[WeightUpdate], object],
+    *,
+    merges: bool,
+) -> Rates:
+    """Of `module_work`, from random weights of a few shapes, and of two ranks.
+
+    Args:
+        shapes: ``(out, in)`` of the weights that are to come: measured is the one that most elements are in, the one
+            with the widest input, up to 8 million elements each, and a tiny one.
+        rank: the largest rank to come, None for dense updates.
+        dtype: of the weights.
+        harmonize: what is timed; may write to the update's tensors.
+        merges: whether it merges, or only scores.
+    """
+    common = max(dict.fromkeys(shapes), key=lambda shape: shapes.count(shape) * shape[0] * shape[1])
+    widest = max(shapes, key=lambda shape: shape[1])
+    tiny = (_TINY, _TINY, None if rank is None else min(rank, _TINY))
+    wanted = [tiny, tiny]
+    for shape in dict.fromkeys((common, widest)):
+        rows = max(1, min(shape[0], _MOST_ELEMENTS // shape[1]))
+        wanted += [(rows, shape[1], one) for one in ([None] if rank is None else {max(1, rank // 8), rank})]
+    samples = [_update_sample(*one, dtype, harmonize, merges) for one in wanted]
+    return Rates.fit(samples[1:])  # the first call of all loads what is loaded then
+
+
+def _update_sample(
+    rows: int,
+    columns: int,
+    rank: int | None,
+    dtype: torch.dtype,
+    harmonize: Callable[[WeightUpdate], object],
+    merges: bool,
+) -> Sample:
+    old = filled((rows, columns), dtype)
+    update: WeightUpdate
+    if rank is None:
+        update = DenseUpdate(old, filled((rows, columns), dtype, shift=77))
+    else:
+        a, b = filled((rank, columns), torch.float32), filled((rows, rank), torch.float32, shift=77)
+        update = LowRankUpdate(old, a, b, 0.01)
+    counted = module_work(rows, columns, old.element_size(), rank, merges=merges)
+    return counted, shortest_seconds(lambda: harmonize(update))
 
 
 def read_stage(job: Job, nbytes: float) -> Stage:
