@@ -23,7 +23,7 @@ from hpa_ext.costs import Stage, memory, pipeline_seconds
 from hpa_ext.costs.disk import measure_disk
 from hpa_ext.costs.samples import shortest_seconds
 from hpa_ext.hpa.checkpoint.arguments import input_paths, usable_device
-from hpa_ext.hpa.checkpoint.estimate import CheckpointPlan, merge_bytes, pool_bytes
+from hpa_ext.hpa.checkpoint.estimate import SYNCS_AT_THE_END, CheckpointPlan, merge_bytes, pool_bytes
 from hpa_ext.hpa.checkpoint.grams import GramSource
 from hpa_ext.hpa.checkpoint.samples import rank_of, read_stage
 
@@ -151,7 +151,7 @@ def _plan(
     times = solving_times(modules, inputs, sources, config, device)
     # An adapter's modules are synced one by one, a checkpoint's layer by layer beside the arithmetic.
     syncs = 2 * len(modules) if output == "adapter" else len(groups) // 2
-    kept = disk.kept(written, syncs)
+    kept = disk.kept(written, syncs + SYNCS_AT_THE_END)
     write = disk.written(written)
     computing = sum(times.seconds.values()) + merging
     seconds = times.seconds | {"open": opened}
@@ -167,6 +167,7 @@ def _plan(
     highest = [
         max((memory.compromise(one.width, one.rows, count, float64=wide) for one in set(modules.values())), default=0)
         + beside
+        + memory.ALLOCATOR
         for wide in (False, True)
     ]
     return CheckpointPlan(

@@ -86,8 +86,8 @@ def solving_times(
     gram_read, reading = 0, 0.0
     if files:
         gram_read = sum(len(files) * work.triangle_bytes(modules[group[0]].width) for group in groups)
-        narrowest = min((group[0] for group in groups), key=lambda name: modules[name].width)
-        found["grams"] = gram_read_rate(files, narrowest, device, matrix=True)
+        leaders = [group[0] for group in groups]
+        found["grams"] = gram_read_rate(files, leaders, device, matrix=True)
         reading = gram_read / found["grams"]
     return Times({"read Grams": reading, "factor": factoring, "solve": solving}, gram_read, found)
 

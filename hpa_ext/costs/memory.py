@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+ALLOCATOR = 32 << 20
+"""What every run takes beside: strips of a triangle that is read (16 MB), the hash's buffer, and small memory that the
+allocator keeps from one phase to the next instead of giving it back."""
+
 _FLOAT32 = 4
 
 

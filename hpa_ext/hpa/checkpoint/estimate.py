@@ -29,8 +29,8 @@ from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.reporting.units import bytes_text, duration_text
 
-# Side files, manifest, the names of the files and the directory.
-_SYNCS_AT_THE_END = 6
+SYNCS_AT_THE_END = 6
+"""Of side files, manifest, the names of the files and the directory."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def plan_checkpoint(
             read_bytes=merge_read + gram_read,
             write_bytes=written,
             free_bytes=free_bytes(parent),
-            memory_bytes=max(merging, memory.inverse_diagonal(widest)),
-            memory_bytes_float64=max(merging, memory.inverse_diagonal(widest, float64=True)),
+            memory_bytes=memory.ALLOCATOR + max(merging, memory.inverse_diagonal(widest)),
+            memory_bytes_float64=memory.ALLOCATOR + max(merging, memory.inverse_diagonal(widest, float64=True)),
             seconds={"open": opened, "inverse diagonals": inverting, "harmonize": harmonizing},
             rates=rates,
         )
@@ -159,8 +159,7 @@ def _inverses(
     read = sum(work.triangle_bytes(width) for (kind, _), width in zip(factored, widths, strict=True) if kind in files)
     reading = 0.0
     if read:
-        narrowest = min(factored, key=lambda item: job.linears[item[1]].base_weight().shape[1])[1]
-        rates["grams"] = gram_read_rate(files.values(), narrowest, device)
+        rates["grams"] = gram_read_rate(files.values(), [module for _, module in factored], device)
         reading = read / rates["grams"]
     return read, reading + computing + len(widths) * disk.sync_seconds, rates
 
@@ -172,11 +171,11 @@ def _pipelined(job: Job, reading: Stage, computing: float, written: int, disk: D
     if job.output == "adapter":
         scored = pipeline_seconds((reading, compute, disk.kept(0, len(job.names))), cores)
         # The adapter itself is copied afterwards, and its manifest reads it once more.
-        return scored + disk.written(2 * written).seconds + disk.kept(written, _SYNCS_AT_THE_END).seconds
+        return scored + disk.written(2 * written).seconds + disk.kept(written, SYNCS_AT_THE_END).seconds
     units = cut(job.source, job.kind_of())
     write, keep = disk.written(written), disk.kept(written, 2 * len(units))
     # When the last weight is written, its unit still has to be kept.
-    last = disk.kept(units[-1].nbytes if units else 0, _SYNCS_AT_THE_END)
+    last = disk.kept(units[-1].nbytes if units else 0, SYNCS_AT_THE_END)
     before = max(reading.seconds, compute.seconds, write.seconds)
     return max(pipeline_seconds((reading, compute, write, keep), cores), before + last.seconds)
 
