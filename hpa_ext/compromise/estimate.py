@@ -23,9 +23,13 @@ from hpa_ext.costs import Stage, memory, pipeline_seconds
 from hpa_ext.costs.disk import measure_disk
 from hpa_ext.costs.samples import shortest_seconds
 from hpa_ext.hpa.checkpoint.arguments import input_paths, usable_device
-from hpa_ext.hpa.checkpoint.estimate import SYNCS_AT_THE_END, CheckpointPlan, merge_bytes, pool_bytes
+from hpa_ext.hpa.checkpoint.estimate import FIXED_SYNCS, CheckpointPlan, merge_bytes, pool_bytes
 from hpa_ext.hpa.checkpoint.grams import GramSource
+from hpa_ext.hpa.checkpoint.pieces import cut
 from hpa_ext.hpa.checkpoint.samples import rank_of, read_stage
+
+# At the begin and the end of `harmonize_adapter`, as FIXED_SYNCS.
+_ADAPTER_SYNCS = 18
 
 
 def plan_checkpoint(
@@ -73,9 +77,10 @@ def plan_checkpoint(
         order = [module for name in job.source.entries for kind, module in [kind_of(name)] if kind == "merge"]
         found = {name: found[name] for name in order}
         seconds = merging_seconds(job, device)
+        syncs = 2 * len(cut(job.source, kind_of)) + FIXED_SYNCS["checkpoint"]
         return _plan(
             "checkpoint", found, job.method.sources, config, device, out, read_stage(job, read), read, written,
-            seconds, pool_bytes(job), opened,
+            seconds, pool_bytes(job), opened, syncs,
         )  # fmt: skip
     finally:
         job.close()
@@ -107,7 +112,11 @@ def plan_adapter(
         grams.check({name: one.width for name, one in found.items()})
         opened = time.perf_counter() - start
         size = sum(entry.nbytes for entry in source.shard.entries)
-        return _plan("adapter", found, grams, config, device, out, _reading(source, size), size, size, 0.0, 0, opened)
+        # The module and its line in the journal.
+        syncs = 2 * len(names) + _ADAPTER_SYNCS
+        return _plan(
+            "adapter", found, grams, config, device, out, _reading(source, size), size, size, 0.0, 0, opened, syncs
+        )
     finally:
         source.close()
 
@@ -134,6 +143,7 @@ def _plan(
     merging: float,
     beside: int,
     opened: float,
+    syncs: int,
 ) -> CheckpointPlan:
     """The plan of modules by name.
 
@@ -142,6 +152,7 @@ def _plan(
         merging: seconds that the result of solving takes to become weights.
         beside: what else is in memory.
         opened: seconds that opening took.
+        syncs: how often the run waits for the disk.
     """
     groups = sources.groups(list(modules))
     count = len(sources.mappings)
@@ -149,9 +160,7 @@ def _plan(
     parent = partial_directory(Path(out)).parent
     disk = measure_disk(parent)
     times = solving_times(modules, inputs, sources, config, device)
-    # An adapter's modules are synced one by one, a checkpoint's layer by layer beside the arithmetic.
-    syncs = 2 * len(modules) if output == "adapter" else len(groups) // 2
-    kept = disk.kept(written, syncs + SYNCS_AT_THE_END)
+    kept = disk.kept(written, syncs)
     write = disk.written(written)
     computing = sum(times.seconds.values()) + merging
     seconds = times.seconds | {"open": opened}
@@ -181,6 +190,7 @@ def _plan(
         memory_bytes_float64=highest[1],
         seconds=seconds,
         rates=times.rates | {"write": 1 / (1 / disk.copy + 1 / disk.sync), "hash": disk.hash},
+        syncs=syncs,
     )
 
 

@@ -29,8 +29,8 @@ from hpa_ext.hpa.config import HPAConfig
 from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.reporting.units import bytes_text, duration_text
 
-SYNCS_AT_THE_END = 6
-"""Of side files, manifest, the names of the files and the directory."""
+FIXED_SYNCS = {"checkpoint": 24, "adapter": 19}
+"""How often a run waits for the disk at its begin and its end: journal, manifest, masks, names, directories."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class CheckpointPlan:
             `memory_bytes_float64`.
         seconds: per phase, from rates measured on the first weight; on a machine that does nothing else.
         rates: what was measured, bytes per second (of the inverse, operations per second).
+        syncs: how often it waits for the disk: at the begin and the end, and for what is finished in between.
     """
 
     output: str
@@ -59,6 +60,7 @@ class CheckpointPlan:
     memory_bytes_float64: int
     seconds: dict[str, float]
     rates: dict[str, float] = field(default_factory=dict)
+    syncs: int = 0
 
     @property
     def fits(self) -> bool:
@@ -118,7 +120,8 @@ def plan_checkpoint(
         update_times = UpdateTimes(job, device, merges=job.output == "checkpoint")
         computing = sum(update_times.seconds(name) for name in job.names)
         reading = read_stage(job, merge_read)
-        harmonizing = _pipelined(job, reading, computing, written, disk)
+        syncs = len(job.names) if job.output == "adapter" else 2 * len(cut(job.source, job.kind_of()))
+        harmonizing = _pipelined(job, reading, computing, written, disk, syncs)
         weight_bytes = sum(entry_of(job.old, f"{name}.weight").nbytes for name in job.names)
         rates |= {
             "read": merge_read / reading.seconds,
@@ -139,6 +142,7 @@ def plan_checkpoint(
             memory_bytes_float64=memory.ALLOCATOR + max(merging, memory.inverse_diagonal(widest, float64=True)),
             seconds={"open": opened, "inverse diagonals": inverting, "harmonize": harmonizing},
             rates=rates,
+            syncs=len(factored) + syncs + FIXED_SYNCS[job.output],
         )
     finally:
         job.close()
@@ -164,20 +168,21 @@ def _inverses(
     return read, reading + computing + len(widths) * disk.sync_seconds, rates
 
 
-def _pipelined(job: Job, reading: Stage, computing: float, written: int, disk: DiskRates) -> float:
+def _pipelined(job: Job, reading: Stage, computing: float, written: int, disk: DiskRates, syncs: int) -> float:
     """Seconds of the second phase: reading, computing, writing and keeping, beside each other."""
     cores = len(os.sched_getaffinity(0))
     compute = Stage(computing, computing * min(torch.get_num_threads(), cores))
+    ending = FIXED_SYNCS[job.output] * disk.sync_seconds
     if job.output == "adapter":
-        scored = pipeline_seconds((reading, compute, disk.kept(0, len(job.names))), cores)
+        scored = pipeline_seconds((reading, compute, disk.kept(0, syncs)), cores)
         # The adapter itself is copied afterwards, and its manifest reads it once more.
-        return scored + disk.written(2 * written).seconds + disk.kept(written, SYNCS_AT_THE_END).seconds
-    units = cut(job.source, job.kind_of())
-    write, keep = disk.written(written), disk.kept(written, 2 * len(units))
+        return scored + disk.written(2 * written).seconds + disk.kept(written, 0).seconds + ending
+    write, keep = disk.written(written), disk.kept(written, syncs)
     # When the last weight is written, its unit still has to be kept.
-    last = disk.kept(units[-1].nbytes if units else 0, SYNCS_AT_THE_END)
+    units = cut(job.source, job.kind_of())
+    last = disk.kept(units[-1].nbytes if units else 0, 2)
     before = max(reading.seconds, compute.seconds, write.seconds)
-    return max(pipeline_seconds((reading, compute, write, keep), cores), before + last.seconds)
+    return max(pipeline_seconds((reading, compute, write, keep), cores), before + last.seconds) + ending
 
 
 def _merging_memory(job: Job) -> int:
