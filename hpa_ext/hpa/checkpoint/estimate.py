@@ -233,10 +233,11 @@ def merge_bytes(job: Job) -> tuple[int, int]:
     """Bytes that the second phase reads and writes."""
     kind_of = job.kind_of()
     harmonized = [entry.nbytes for entry in job.source.entries.values() if kind_of(entry.name)[0] == "merge"]
-    adapter = sum(entry.nbytes for name in job.names for entry in _adapter_entries(job, name))
     if job.output == "adapter":
+        adapter = sum(entry.nbytes for entry in job.adapter.shard.entries)  # what is not harmonized comes along
         gains = sum(4 * linear.base_weight().shape[1] for linear in job.linears.values())
         return sum(harmonized) + adapter, adapter + gains
+    adapter = sum(entry.nbytes for name in job.names for entry in _adapter_entries(job, name))
     again = sum(harmonized) if job.adapter is None else adapter
     return job.source.nbytes + again, job.source.nbytes
 
