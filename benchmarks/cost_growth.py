@@ -33,6 +33,7 @@ PHASES: dict[str, Callable[[Path], Iterable[Point]]] = {
     "gram": cost_layers.gram,
     "inverse_diagonal": cost_layers.inverse_diagonal,
     "tokens": cost_layers.tokens,
+    "calibrate": cost_layers.calibration,
     "harmonize": cost_layers.harmonize_widths,
     "rank": cost_layers.harmonize_ranks,
     "checkpoint": cost_runs.checkpoint,
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         "threads": args.threads,
         "points": kept + [asdict(point) for point in found],
     }
+    order = list(PHASES)
+    document["points"].sort(key=lambda point: order.index(point["phase"]))
     points = [Point(**point) for point in document["points"]]
     document["accuracy"] = {
         kind: asdict(Accuracy.of(chosen))

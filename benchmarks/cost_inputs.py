@@ -50,7 +50,7 @@ def make_inputs(directory: Path, width: int, layers: int, ranks: tuple[int, ...]
     old, new = directory / "old", directory / "new"
     for path, update in ((old, False), (new, True)):
         _write_config(path, width, layers)
-        _write_weights(path, seed=0, update=update)
+        _write_weights(path, seed=0, update=update, drawn=1 << 18)
     adapters = {rank: directory / f"adapter-{rank}" for rank in ranks}
     for rank, path in adapters.items():
         _write_adapter(path, width, layers, rank)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from hpa_ext import Gram, HPAConfig, ops
-from hpa_ext.costs import Rates, work
-from hpa_ext.costs.samples import filled, gram_rates, inverse_diagonal_rates, rows_rates
+from hpa_ext import Gram, HPAConfig, calibrate, ops
+from hpa_ext.costs import Rates, Work, work
+from hpa_ext.costs.samples import filled, forward_rates, gram_rates, inverse_diagonal_rates, rows_rates
 from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import GramDiagonal
 from hpa_ext.gram_sum import copy_rows, squares_stay_finite
@@ -18,6 +18,7 @@ from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.hpa.plan import plan_update
 from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
 
+from .cost_inputs import VOCABULARY, inner_width, linears
 from .cost_point import Point
 from .timing import fastest_ms
 
@@ -27,6 +28,13 @@ _TOKENS = 2048
 _RANK = 64
 _RANKS = (4, 8, 16, 32, 64, 128, 256)
 _BFLOAT16 = torch.bfloat16
+_BATCH = 512
+# Width, layers, batches, and what varies.
+_CALIBRATIONS = (
+    *((width, 2, 4, "width") for width in (512, 1024, 2048)),
+    *((1024, layers, 2, "layers") for layers in (1, 2, 4, 8)),
+    *((1024, 1, batches, "tokens") for batches in (2, 4, 8, 16)),
+)
 
 
 def gram(_: Path) -> Iterator[Point]:
@@ -84,6 +92,41 @@ def tokens(_: Path) -> Iterator[Point]:
             "tokens", f"width {width}, as Gram does", "tokens", count,
             _seconds(lambda x=x: Gram(width).update(x).inverse_diagonal()), chosen,
         )  # fmt: skip
+
+
+def calibration(_: Path) -> Iterator[Point]:
+    """`calibrate` of a random Llama, forward and Grams, over its width, its layers and the tokens.
+
+    The model counts products with weights alone: norms, activations and attention come on top, less so at more width.
+    """
+    widest = inner_width(max(width for width, *_ in _CALIBRATIONS))
+    forwards = forward_rates(widest, _BATCH, _BFLOAT16, _CPU)
+    adding = gram_rates(widest, _BATCH, _BFLOAT16, _CPU)
+    for width, layers, batches, variable in _CALIBRATIONS:
+        inner, total = inner_width(width), batches * _BATCH
+        # Of each of the seven linears one call, of each of the four inputs one Gram.
+        forward = sum((work.forward(rows * columns, _BATCH, 2) for rows, columns, _ in linears(width).values()), Work())
+        grams = sum((work.gram_accumulation(_BATCH, one, 2) for one in (width, width, width, inner)), Work())
+        model = _llama(width, inner, layers)
+        given = [{"input_ids": torch.arange(_BATCH)[None] % VOCABULARY}] * batches
+        measured = _seconds(lambda m=model, g=given: calibrate(m, g, progress=False))
+        predicted = layers * batches * (forwards.seconds(forward) + adding.seconds(grams))
+        series, value = {
+            "width": (f"{layers} layers, {total} tokens", width),
+            "layers": (f"width {width}, {total} tokens", layers),
+            "tokens": (f"width {width}, {layers} layers", total),
+        }[variable]
+        yield Point("calibrate", series, variable, value, measured, predicted)
+
+
+def _llama(width: int, inner: int, layers: int) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(_BFLOAT16).eval()
 
 
 def harmonize_widths(_: Path) -> Iterator[Point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from harmonize_inputs import make_inputs
 from hpa_ext import CompromiseConfig, GramFile, harmonize_adapter, ops
 from hpa_ext.checkpoints.gram_file import save_grams
 from hpa_ext.checkpoints.reader import CheckpointReader
+from hpa_ext.cli import bench
 from hpa_ext.compromise import checkpoint as compromise_checkpoint
 from hpa_ext.compromise import estimate as compromise_estimate
 from hpa_ext.compromise import solution, times
@@ -105,10 +107,11 @@ def test_every_inverse_is_planned_with_its_own_width(inputs, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("config", [FIXED, BUDGET], ids=["strength", "budget"])
-@pytest.mark.parametrize("output", ["checkpoint", "adapter"])
-def test_the_compromise_is_planned_with_its_factorisations(inputs, tmp_path, monkeypatch, output, config):
+@pytest.mark.parametrize(("new", "output"), [("new", "checkpoint"), ("adapter", "checkpoint"), ("adapter", "adapter")])
+def test_the_compromise_is_planned_with_its_factorisations(inputs, tmp_path, monkeypatch, new, output, config):
+    """Of a whole checkpoint the Grams of o come between those that k and q share, which are then factored again."""
     without_time(monkeypatch, OPERATIONS)
-    arguments = inputs.arguments("adapter") | {"out": tmp_path / "out", "output": output, "config": config}
+    arguments = inputs.arguments(new) | {"out": tmp_path / "out", "output": output, "config": config}
     plan = compromise_estimate.plan_checkpoint(**arguments)
     counted = Counter()
     original = solution.factorize
@@ -214,9 +217,10 @@ print(json.dumps(status("VmHWM") - before))
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A model of width 1024 with full Grams, 75 MB."""
-    from benchmarks.cost_inputs import make_inputs as random_inputs
-
-    return random_inputs(tmp_path_factory.mktemp("wide") / "inputs", 1024, 1, (8,))
+    bench.load_benchmarks()
+    return importlib.import_module("hpa_ext.benchmarks.cost_inputs").make_inputs(
+        tmp_path_factory.mktemp("wide") / "inputs", 1024, 1, (8,)
+    )
 
 
 def test_the_plans_memory_is_that_of_a_fresh_process(wide, tmp_path):

@@ -49,6 +49,18 @@ def fitted(measure: Callable[[int], Sample], widest: int) -> Rates:
     return Rates.fit(samples)
 
 
+def forward_rates(widest: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Rates:
+    """Of `work.forward` for calls of so many tokens, from one linear layer."""
+
+    def measure(width: int) -> Sample:
+        x = torch.ones(tokens, width, dtype=dtype, device=device)
+        weight = torch.ones(width, width, dtype=dtype, device=device)
+        seconds = shortest_seconds(lambda: _waited(torch.nn.functional.linear(x, weight)))
+        return work.forward(width**2, tokens, x.element_size()), seconds
+
+    return fitted(measure, widest)
+
+
 def gram_rates(widest: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Rates:
     """Of `work.gram_accumulation` for calls of so many tokens."""
 
