@@ -15,13 +15,14 @@ import pytest
 from harmonize_inputs import make_inputs
 
 from hpa_ext import CompromiseConfig, GramFile, harmonize_adapter, ops
+from hpa_ext.checkpoints.buffers import Buffers
 from hpa_ext.checkpoints.gram_file import save_grams
 from hpa_ext.checkpoints.reader import CheckpointReader
 from hpa_ext.cli import bench
 from hpa_ext.compromise import checkpoint as compromise_checkpoint
 from hpa_ext.compromise import estimate as compromise_estimate
 from hpa_ext.compromise import solution, times
-from hpa_ext.costs import Rates, work
+from hpa_ext.costs import Rates, memory, work
 from hpa_ext.costs.disk import DiskRates
 from hpa_ext.hpa.checkpoint import estimate, harmonize_checkpoint, plan_checkpoint, samples
 from hpa_ext.hpa.checkpoint.job import prepare
@@ -190,6 +191,33 @@ def test_the_plan_of_an_adapter_knows_the_waits_for_the_disk_and_the_bytes(tmp_p
     harmonize_adapter(made.adapter, **arguments, progress=False)
     assert abs(plan.syncs - syncs.total()) <= 3
     assert plan.write_bytes == sum(tensor.nbytes for tensor in made.tensors(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("new", ["new", "adapter"])
+def test_the_plans_pool_is_that_of_the_run(inputs, tmp_path, monkeypatch, new):
+    """Grams are reduced, so that the pool decides the memory; how far a run gets ahead depends on its threads."""
+    reduced = {}
+    for name in ("safety", "task"):
+        reduced[name] = tmp_path / f"{name}.safetensors"
+        save_grams(inputs.grams[name], reduced[name], reduce="diagonal")
+    arguments = inputs.arguments(new) | reduced | {"out": tmp_path / "out"}
+    job = prepare(*(arguments[name] for name in ("old", "new", "safety", "task")), None, "checkpoint", [], None)
+    predicted = estimate.pool_bytes(job)
+    job.close()
+    plan = plan_checkpoint(**arguments)
+    assert plan.memory_bytes >= memory.ALLOCATOR + predicted
+    taken = []
+    original = Buffers.take
+
+    def counting(self, shape, dtype):
+        buffer = original(self, shape, dtype)
+        taken.append((id(self), buffer.untyped_storage().data_ptr(), buffer.untyped_storage().nbytes()))
+        return buffer
+
+    monkeypatch.setattr(Buffers, "take", counting)
+    harmonize_checkpoint(**arguments, progress=False)
+    held = sum(size for _, _, size in set(taken))
+    assert predicted / 3 <= held <= predicted
 
 
 def test_grams_that_come_again_are_read_again(inputs):
