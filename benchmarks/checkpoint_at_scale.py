@@ -174,8 +174,8 @@ def _disk_name(canonical: str) -> str:
     return canonical
 
 
-def _write_weights(directory: Path, seed: int, update: bool) -> None:
-    """Shards of 5 GB; the same numbers for the same seed, with a small change on top if `update`."""
+def _write_weights(directory: Path, seed: int, update: bool, drawn: int = 1 << 24) -> None:
+    """Shards of 5 GB; the same numbers for the same seed, with a small change on top if `update`; `drawn` differ."""
     import torch
 
     from hpa_ext.checkpoints.shard_plan import ShardPlan, index_of
@@ -201,8 +201,8 @@ def _write_weights(directory: Path, seed: int, update: bool) -> None:
         for i, names in enumerate(groups)
     ]
     generator = torch.Generator().manual_seed(seed)
-    block = torch.randn(1 << 24, generator=generator).mul_(0.02).bfloat16()
-    change = torch.randn(1 << 24, generator=generator).mul_(0.002)
+    block = torch.randn(drawn, generator=generator).mul_(0.02).bfloat16()
+    change = torch.randn(drawn, generator=generator).mul_(0.002)
     with ShardedWriter(directory, plans, index_of(plans)) as writer:
         writer.create(replace=True)
         for number, name in enumerate(sorted(parameters)):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from hpa_ext.checkpoints.files import free_bytes
-from hpa_ext.checkpoints.gram_file import GramFile
 from hpa_ext.checkpoints.output import check_output, partial_directory
 from hpa_ext.compromise.adapter import directories_of
 from hpa_ext.compromise.adapter_file import AdapterFile, BaseModel
@@ -21,27 +18,18 @@ from hpa_ext.compromise.checkpoint import prepare
 from hpa_ext.compromise.config import CompromiseConfig
 from hpa_ext.compromise.gram_sources import GramSources
 from hpa_ext.compromise.layer import checked_config
+from hpa_ext.compromise.times import LinearShape, merging_seconds, solving_times
+from hpa_ext.costs import Stage, memory, pipeline_seconds
+from hpa_ext.costs.disk import measure_disk
+from hpa_ext.costs.samples import shortest_seconds
 from hpa_ext.hpa.checkpoint.arguments import input_paths, usable_device
-from hpa_ext.hpa.checkpoint.estimate import CheckpointPlan, merge_bytes, write_rate
+from hpa_ext.hpa.checkpoint.estimate import FIXED_SYNCS, CheckpointPlan, merge_bytes, pool_bytes
 from hpa_ext.hpa.checkpoint.grams import GramSource
-from hpa_ext.hpa.checkpoint.job import has_low_rank
-from hpa_ext.ops.cholesky import cholesky
+from hpa_ext.hpa.checkpoint.pieces import cut
+from hpa_ext.hpa.checkpoint.samples import rank_of, read_stage
 
-EVALUATIONS = 4
-"""Strengths that the search for a budget takes, about: 2 to 6 over random Grams and budgets of 0.02 to 0.2."""
-
-_SAMPLE_WIDTH = 2048
-_SAMPLE_ROWS = 128
-_SAMPLE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class _Module:
-    """A linear: the width of its input, the rows of its update (a LoRA's rank, or out), and their bytes on disk."""
-
-    width: int
-    rows: int
-    nbytes: int
+# At the begin and the end of `harmonize_adapter`, as FIXED_SYNCS.
+_ADAPTER_SYNCS = 18
 
 
 def plan_checkpoint(
@@ -73,19 +61,27 @@ def plan_checkpoint(
         input_paths(out, old_adapters, old=old, new=new),
         usable_device(device),
     )
+    start = time.perf_counter()
     job = prepare(old, new, safety, task, earlier, config, inputs[2:], modules)
     try:
         check_output(out, inputs)
+        opened = time.perf_counter() - start
         found = {}
         for name, linear in job.linears.items():
-            weight = linear.base_weight()
-            low_rank = job.adapter is not None and has_low_rank(job.adapter, name)
-            # Many more rows than columns are compressed before the search.
-            rows = job.adapter.updates[name].a.shape[0] if low_rank else weight.shape[0]
-            found[name] = _Module(weight.shape[1], rows, weight.numel() * weight.element_size())
+            rows, width = linear.base_weight().shape
+            rank = rank_of(job, name)
+            # Of a dense update many more rows than columns are compressed before the search.
+            found[name] = LinearShape(width, rows if rank is None else rank)
         read, written = merge_bytes(job)
-        beside = 5 * max((one.nbytes for one in found.values()), default=0)
-        return _plan("checkpoint", found, job.method.sources, config, device, out, read, written, beside)
+        kind_of = job.kind_of()
+        order = [module for name in job.source.entries for kind, module in [kind_of(name)] if kind == "merge"]
+        found = {name: found[name] for name in order}
+        seconds = merging_seconds(job, device)
+        syncs = 2 * len(cut(job.source, kind_of)) + FIXED_SYNCS["checkpoint"]
+        return _plan(
+            "checkpoint", found, job.method.sources, config, device, out, read_stage(job, read), read, written,
+            seconds, pool_bytes(job), opened, syncs,
+        )  # fmt: skip
     finally:
         job.close()
 
@@ -106,126 +102,99 @@ def plan_adapter(
     config, device = checked_config(config), usable_device(device)
     inputs = input_paths(out, [], adapter=adapter) + directories_of(base)
     check_output(out, inputs)
+    start = time.perf_counter()
     source = AdapterFile(adapter, base)
     try:
         grams = GramSources.open(safety, task, earlier)
         names = source.choose(grams.mappings, modules)
-        found = {}
-        for name in names:
-            entries = source.modules[name].entries
-            rows, width = entries["a"].shape
-            found[name] = _Module(width, rows, entries["a"].nbytes + entries["b"].nbytes)
+        shapes = {name: source.modules[name].entries["a"].shape for name in names}
+        found = {name: LinearShape(width, rows) for name, (rows, width) in shapes.items()}
         grams.check({name: one.width for name, one in found.items()})
+        opened = time.perf_counter() - start
         size = sum(entry.nbytes for entry in source.shard.entries)
-        return _plan("adapter", found, grams, config, device, out, size, size, 0)
+        # The module and its line in the journal.
+        syncs = 2 * len(names) + _ADAPTER_SYNCS
+        return _plan(
+            "adapter", found, grams, config, device, out, _reading(source, size), size, size, 0.0, 0, opened, syncs
+        )
     finally:
         source.close()
 
 
+def _reading(source: AdapterFile, nbytes: int) -> Stage:
+    """Reading the adapter, at the rate at which its largest tensor comes."""
+    largest = max(source.shard.entries, key=lambda entry: entry.nbytes)
+    buffer = bytearray(largest.nbytes)
+    seconds = shortest_seconds(lambda: source.read_into(largest.name, memoryview(buffer)), 2)
+    rate = max(largest.nbytes, 1) / seconds
+    return Stage(nbytes / rate, nbytes / rate)
+
+
 def _plan(
     output: str,
-    modules: Mapping[str, _Module],
+    modules: Mapping[str, LinearShape],
     sources: GramSources,
     config: CompromiseConfig,
     device: torch.device,
     out: str | os.PathLike[str],
-    read: int,
+    read: Stage,
+    read_bytes: int,
     written: int,
+    merging: float,
     beside: int,
+    opened: float,
+    syncs: int,
 ) -> CheckpointPlan:
-    """The plan of modules by name; `beside` is what else is in memory."""
+    """The plan of modules by name.
+
+    Args:
+        read: of all tensors.
+        merging: seconds that the result of solving takes to become weights.
+        beside: what else is in memory.
+        opened: seconds that opening took.
+        syncs: how often the run waits for the disk.
+    """
     groups = sources.groups(list(modules))
     count = len(sources.mappings)
+    inputs = groups if output == "adapter" else _in_a_row(groups, list(modules))
     parent = partial_directory(Path(out)).parent
-    rates = _measure(modules, groups, sources, device, parent)
-    files = [grams for grams in sources.mappings.values() if isinstance(grams, GramFile)]
-    gram_read = sum(len(files) * 2 * modules[group[0]].width * (modules[group[0]].width + 1) for group in groups)
-    factors = solves = products = 0.0
-    for group in groups:
-        for index, name in enumerate(group):
-            one = modules[name]
-            tried = _tried(config)
-            # At one strength the linears of an input share its factor.
-            factors += (tried if config.strength is None or index == 0 else 0) * one.width**3 / 3
-            solves += tried * 4 * one.rows * one.width**2
-            searched = tried if config.strength is None else 0
-            products += (2 * count + searched) * 2 * one.rows * one.width**2
-    seconds = {
-        "read Grams": gram_read / rates["grams"] if files else 0.0,
-        "factor": factors / rates["factor"],
-        "solve": solves / rates["solve"] + products / rates["product"],
-        "read and write": read / rates["read"] + written / min(rates["write"], rates["hash"]),
-    }
-    widest = max((one.width for one in modules.values()), default=0)
-    rows = max((4 * one.rows * one.width for one in modules.values()), default=0)
-    # The matrices, their sum and its factor, half a square; in float64 the sum and a whole square.
-    square = 4 * widest**2
-    held = min(count, 3)  # of earlier tasks the sum alone is kept
+    disk = measure_disk(parent)
+    times = solving_times(modules, inputs, sources, config, device)
+    kept = disk.kept(written, syncs)
+    write = disk.written(written)
+    computing = sum(times.seconds.values()) + merging
+    seconds = times.seconds | {"open": opened}
+    if output == "adapter":  # one after the other
+        seconds["read and write"] = read.seconds + write.seconds + kept.seconds
+    else:
+        cores = len(os.sched_getaffinity(0))
+        compute = Stage(computing, computing * min(torch.get_num_threads(), cores))
+        # Beside the arithmetic, whose cores they take; the last layer is kept when all is computed.
+        whole = pipeline_seconds((read, compute, write, kept), cores)
+        last = kept.seconds / max(len(groups), 1)
+        seconds |= {"merge": merging, "read and write": max(whole - computing, last)}
+    highest = [
+        max((memory.compromise(one.width, one.rows, count, float64=wide) for one in set(modules.values())), default=0)
+        + beside
+        + memory.ALLOCATOR
+        for wide in (False, True)
+    ]
     return CheckpointPlan(
         output=output,
         modules=len(modules),
         grams=len(groups) * count,
-        read_bytes=read + gram_read,
+        read_bytes=read_bytes + times.gram_read,
         write_bytes=written,
         free_bytes=free_bytes(parent),
-        memory_bytes=math.ceil((held + 1.5 + (count > 3)) * square) + (count + 5) * rows + beside,
-        memory_bytes_float64=(held + 4) * square + (count + 7) * rows + beside,
+        memory_bytes=highest[0],
+        memory_bytes_float64=highest[1],
         seconds=seconds,
-        rates=rates,
+        rates=times.rates | {"write": 1 / (1 / disk.copy + 1 / disk.sync), "hash": disk.hash},
+        syncs=syncs,
     )
 
 
-def _tried(config: CompromiseConfig) -> int:
-    """Strengths to try for a linear, about."""
-    if config.strength is not None:
-        return 1
-    return EVALUATIONS if 0 < config.budget < 1 else 0
-
-
-def _measure(
-    modules: Mapping[str, _Module],
-    groups: Sequence[Sequence[str]],
-    sources: GramSources,
-    device: torch.device,
-    parent: Path,
-) -> dict[str, float]:
-    """Bytes a second of reading Grams, reading, writing and hashing; operations a second of the arithmetic."""
-    width = min(max((one.width for one in modules.values()), default=_SAMPLE_WIDTH), _SAMPLE_WIDTH)
-    count = min(max((one.rows for one in modules.values()), default=_SAMPLE_ROWS), _SAMPLE_ROWS)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(count, width, generator=generator).to(device)
-    sample = torch.eye(width, device=device)
-    diagonal = sample.diagonal().double()
-    factor = cholesky(sample.clone(), diagonal)
-    factored, solved = _seconds(lambda: cholesky(sample.clone(), diagonal)), _seconds(lambda: factor.solve_rows(rows))
-    rates = {
-        "factor": width**3 / 3 / factored,
-        "solve": 4 * count * width**2 / solved,
-        "product": 2 * count * width**2 / _seconds(lambda: (rows @ sample)[0, 0].item()),
-        "grams": 1e9,
-        "read": 1e9,
-    }
-    file = next((grams for grams in sources.mappings.values() if isinstance(grams, GramFile)), None)
-    if file is not None and groups:
-        name = min((group[0] for group in groups), key=lambda name: modules[name].width)
-        rates["grams"] = 2 * modules[name].width ** 2 / _seconds(lambda: _read_gram(file, name, device), 1)
-    buffer = bytes(_SAMPLE_BYTES)
-    rates["hash"] = len(buffer) / _seconds(lambda: hashlib.sha256(buffer), 1)
-    rates["write"] = write_rate(parent, buffer)
-    return rates
-
-
-def _read_gram(file: GramFile, name: str, device: torch.device) -> None:
-    matrix = file[name].matrix().to(device)
-    bool(torch.isfinite(matrix).all())
-    file.forget()
-
-
-def _seconds(work: Callable[[], object], repeats: int = 2) -> float:
-    """The shortest time of one call."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return max(min(times), 1e-9)
+def _in_a_row(groups: Sequence[Sequence[str]], order: Sequence[str]) -> list[list[str]]:
+    """The modules by input, where an input that comes again after another one counts again: only the last is kept."""
+    group_of = {name: index for index, group in enumerate(groups) for name in group}
+    return [list(names) for _, names in itertools.groupby(order, key=group_of.__getitem__)]

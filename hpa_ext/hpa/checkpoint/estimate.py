@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hpa_ext import ops
 from hpa_ext.checkpoints.files import free_bytes
 from hpa_ext.checkpoints.gram_file import GramFile
 from hpa_ext.checkpoints.output import check_output, partial_directory
+from hpa_ext.costs import Stage, Work, memory, pipeline_seconds, work
+from hpa_ext.costs.disk import DiskRates, measure_disk
+from hpa_ext.costs.samples import inverse_diagonal_rates
 from hpa_ext.gram_diagonal import GramDiagonal
 from hpa_ext.hpa.checkpoint.arguments import input_paths, usable_device
 from hpa_ext.hpa.checkpoint.checkpoint_output import ROOM_BESIDE
 from hpa_ext.hpa.checkpoint.grams import GramSource, leaders
-from hpa_ext.hpa.checkpoint.job import Job, has_low_rank, prepare
-from hpa_ext.hpa.checkpoint.merge import merged_weights, moved, plan_modules
+from hpa_ext.hpa.checkpoint.job import Job, prepare
+from hpa_ext.hpa.checkpoint.models import entry_of
+from hpa_ext.hpa.checkpoint.pieces import cut
 from hpa_ext.hpa.checkpoint.reduce import SETS
+from hpa_ext.hpa.checkpoint.samples import UpdateTimes, dtype_of, gram_read_rate, rank_of, read_stage
 from hpa_ext.hpa.config import HPAConfig
+from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.reporting.units import bytes_text, duration_text
 
-# The sample of the inverse: large enough for the rate of blocked code, a quarter of a second at most.
-_SAMPLE_WIDTH = 1024
-_SAMPLE_BYTES = 64 << 20
+FIXED_SYNCS = {"checkpoint": 24, "adapter": 19}
+"""How often a run waits for the disk at its begin and its end: journal, manifest, masks, names, directories."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class CheckpointPlan:
             `memory_bytes_float64`.
         seconds: per phase, from rates measured on the first weight; on a machine that does nothing else.
         rates: what was measured, bytes per second (of the inverse, operations per second).
+        syncs: how often it waits for the disk: at the begin and the end, and for what is finished in between.
     """
 
     output: str
@@ -57,6 +60,7 @@ class CheckpointPlan:
     memory_bytes_float64: int
     seconds: dict[str, float]
     rates: dict[str, float] = field(default_factory=dict)
+    syncs: int = 0
 
     @property
     def fits(self) -> bool:
@@ -103,49 +107,115 @@ def plan_checkpoint(
     """
     inputs = input_paths(out, old_adapters, old=old, new=new)
     device = usable_device(device)
+    start = time.perf_counter()
     job = prepare(old, new, safety, task, config, output, inputs[2:], modules)
     try:
         check_output(out, inputs)
-        factored = _factored(job)
+        opened = time.perf_counter() - start
         parent = partial_directory(out).parent
-        rates = _measure(job, device, parent)
-        weights = [linear.base_weight() for linear in job.linears.values()]
+        disk = measure_disk(parent)
+        factored = _factored(job)
+        gram_read, inverting, rates = _inverses(job, factored, disk, device)
         merge_read, written = merge_bytes(job)
-        gram_read = sum(2 * width * (width + 1) for _, width in factored)
-        operations = sum(2 / 3 * width**3 for _, width in factored)
-        stages = {
-            "read": merge_read / rates["read"],
-            "compute": sum(w.numel() * w.element_size() for w in weights) / rates["compute"],
-            "write": written / rates["write"],
-            "hash": written / rates["hash"],
+        update_times = UpdateTimes(job, device, merges=job.output == "checkpoint")
+        computing = sum(update_times.seconds(name) for name in job.names)
+        reading = read_stage(job, merge_read)
+        syncs = len(job.names) if job.output == "adapter" else 2 * len(cut(job.source, job.kind_of()))
+        harmonizing = _pipelined(job, reading, computing, written, disk, syncs)
+        weight_bytes = sum(entry_of(job.old, f"{name}.weight").nbytes for name in job.names)
+        rates |= {
+            "read": merge_read / reading.seconds,
+            "compute": weight_bytes / max(computing, 1e-9),
+            "write": 1 / (1 / disk.copy + 1 / disk.sync),
+            "hash": disk.hash,
         }
-        # Reading and writing wait for the disk; computing and hashing share the cores.
-        cores = max(1, torch.get_num_threads())
-        overlapped = max(stages["read"], stages["write"], stages["compute"] + stages["hash"] / cores)
-        largest = max((w.numel() * w.element_size() for w in weights), default=0)
-        widest = max((width for _, width in factored), default=0)
-        merging = largest * (5 if job.adapter is None else 4)
+        widest = max((job.linears[module].base_weight().shape[1] for _, module in factored), default=0)
+        merging = _merging_memory(job)
         return CheckpointPlan(
             output=job.output,
-            modules=len(weights),
+            modules=len(job.names),
             grams=len(factored),
             read_bytes=merge_read + gram_read,
             write_bytes=written,
             free_bytes=free_bytes(parent),
-            memory_bytes=max(merging, 8 * widest**2),
-            memory_bytes_float64=max(merging, 12 * widest**2),
-            seconds={
-                "inverse diagonals": gram_read / rates["read"] + operations / rates["inverse"] if factored else 0.0,
-                "harmonize": overlapped,
-            },
+            memory_bytes=memory.ALLOCATOR + max(merging, memory.inverse_diagonal(widest)),
+            memory_bytes_float64=memory.ALLOCATOR + max(merging, memory.inverse_diagonal(widest, float64=True)),
+            seconds={"open": opened, "inverse diagonals": inverting, "harmonize": harmonizing},
             rates=rates,
+            syncs=len(factored) + syncs + FIXED_SYNCS[job.output],
         )
     finally:
         job.close()
 
 
-def _factored(job: Job) -> list[tuple[str, int]]:
-    """The Grams that are not reduced yet, by set and width."""
+def _inverses(
+    job: Job, factored: Sequence[tuple[str, str]], disk: DiskRates, device: torch.device
+) -> tuple[int, float, dict[str, float]]:
+    """Of the first phase: bytes to read, seconds, and rates."""
+    widths = [job.linears[module].base_weight().shape[1] for _, module in factored]
+    if not widths:
+        return 0, 0.0, {}
+    inverse = inverse_diagonal_rates(max(widths), device)
+    done = sum((work.inverse_diagonal(width) for width in widths), Work())
+    computing = inverse.seconds(done)
+    rates = {"inverse": done.operations / computing}
+    files = {kind: getattr(job, kind) for kind in SETS if isinstance(getattr(job, kind), GramFile)}
+    read = sum(work.triangle_bytes(width) for (kind, _), width in zip(factored, widths, strict=True) if kind in files)
+    reading = 0.0
+    if read:
+        rates["grams"] = gram_read_rate(files.values(), [module for _, module in factored], device)
+        reading = read / rates["grams"]
+    return read, reading + computing + len(widths) * disk.sync_seconds, rates
+
+
+def _pipelined(job: Job, reading: Stage, computing: float, written: int, disk: DiskRates, syncs: int) -> float:
+    """Seconds of the second phase: reading, computing, writing and keeping, beside each other."""
+    cores = len(os.sched_getaffinity(0))
+    compute = Stage(computing, computing * min(torch.get_num_threads(), cores))
+    ending = FIXED_SYNCS[job.output] * disk.sync_seconds
+    if job.output == "adapter":
+        scored = pipeline_seconds((reading, compute, disk.kept(0, syncs)), cores)
+        # The adapter itself is copied afterwards, and its manifest reads it once more.
+        return scored + disk.written(2 * written).seconds + disk.kept(written, 0).seconds + ending
+    write, keep = disk.written(written), disk.kept(written, syncs)
+    # When the last weight is written, its unit still has to be kept.
+    units = cut(job.source, job.kind_of())
+    last = disk.kept(units[-1].nbytes if units else 0, 2)
+    before = max(reading.seconds, compute.seconds, write.seconds)
+    return max(pipeline_seconds((reading, compute, write, keep), cores), before + last.seconds) + ending
+
+
+def _merging_memory(job: Job) -> int:
+    """Of the second phase at its highest: the pipeline's pool of buffers, and what the arithmetic needs beside it."""
+    beside = max((_beside(job, name) for name in job.names), default=0)
+    if job.output == "adapter":
+        # Without a pool: one weight is read while another is scored.
+        return 2 * max((entry_of(job.old, f"{name}.weight").nbytes for name in job.names), default=0) + beside
+    return pool_bytes(job) + beside
+
+
+def pool_bytes(job: Job) -> int:
+    """The buffers of a run that writes a checkpoint."""
+    items = []
+    for unit in cut(job.source, job.kind_of()):
+        for piece in unit.pieces:
+            is_dense = piece.kind == "merge" and rank_of(job, piece.module) is None
+            items.append([piece.nbytes] * (2 if is_dense else 1))
+    return memory.pipeline_pool(items)
+
+
+def _beside(job: Job, module: str) -> int:
+    """What computing with a module takes beside its tensors."""
+    rank = rank_of(job, module)
+    if rank is None:
+        return 0
+    one = torch.zeros(1, 1, dtype=dtype_of(job, module))
+    native = LowRankUpdate(one, one, one, 1.0).backend()["column_scores"] == "native"
+    return memory.low_rank_scratch(*job.linears[module].base_weight().shape, rank, native=native)
+
+
+def _factored(job: Job) -> list[tuple[str, str]]:
+    """The Grams that are not reduced yet, by set and the first module that has each."""
     found = []
     for name in SETS:
         grams = getattr(job, name)
@@ -155,7 +225,7 @@ def _factored(job: Job) -> list[tuple[str, int]]:
             else:
                 reduced = isinstance(grams[leader], GramDiagonal)
             if not reduced:
-                found.append((name, job.linears[leader].base_weight().shape[1]))
+                found.append((name, leader))
     return found
 
 
@@ -163,10 +233,11 @@ def merge_bytes(job: Job) -> tuple[int, int]:
     """Bytes that the second phase reads and writes."""
     kind_of = job.kind_of()
     harmonized = [entry.nbytes for entry in job.source.entries.values() if kind_of(entry.name)[0] == "merge"]
-    adapter = sum(entry.nbytes for name in job.names for entry in _adapter_entries(job, name))
     if job.output == "adapter":
+        adapter = sum(entry.nbytes for entry in job.adapter.shard.entries)  # what is not harmonized comes along
         gains = sum(4 * linear.base_weight().shape[1] for linear in job.linears.values())
         return sum(harmonized) + adapter, adapter + gains
+    adapter = sum(entry.nbytes for name in job.names for entry in _adapter_entries(job, name))
     again = sum(harmonized) if job.adapter is None else adapter
     return job.source.nbytes + again, job.source.nbytes
 
@@ -174,53 +245,3 @@ def merge_bytes(job: Job) -> tuple[int, int]:
 def _adapter_entries(job: Job, module: str) -> list:
     found = job.adapter is not None and module in job.adapter.updates
     return list(job.adapter.entries(module).values()) if found else []
-
-
-def _measure(job: Job, device: torch.device, parent: Path) -> dict[str, float]:
-    """Rates in bytes a second: of reading, computing, writing and hashing; of the inverse, operations a second."""
-    rates = {"read": 1e9, "compute": 1e9}
-    if job.names:
-        module = job.names[0]
-        start = time.perf_counter()
-        update = job.weight_update(module)
-        read = time.perf_counter() - start
-        size = update.old.numel() * update.old.element_size()
-        dense = job.adapter is None or not has_low_rank(job.adapter, module)
-        rates["read"] = (2 * size if dense else size) / read
-        diagonals = {name: {module: _flat_diagonal(update.shape[1], job.config.damping)} for name in SETS}
-        start = time.perf_counter()
-        on_device = moved(update, device)
-        merged_weights(plan_modules(job, diagonals, [module], [on_device]), [on_device])[0].cpu()
-        rates["compute"] = size / (time.perf_counter() - start)
-    sample = torch.eye(_SAMPLE_WIDTH, device=device)
-    ops.inverse_diagonal(sample[:8, :8].contiguous(), 0.01)
-    start = time.perf_counter()
-    ops.inverse_diagonal(sample, 0.01, assume_symmetric=True)
-    rates["inverse"] = 2 / 3 * _SAMPLE_WIDTH**3 / (time.perf_counter() - start)
-    buffer = bytes(_SAMPLE_BYTES)
-    start = time.perf_counter()
-    hashlib.sha256(buffer)
-    rates["hash"] = len(buffer) / (time.perf_counter() - start)
-    rates["write"] = write_rate(parent, buffer)
-    return rates
-
-
-def _flat_diagonal(width: int, damping: float) -> GramDiagonal:
-    return GramDiagonal(torch.ones(width), torch.zeros(width, dtype=torch.bool), 1, damping, damping, 32)
-
-
-def write_rate(parent: Path, buffer: bytes) -> float:
-    """Through to the disk, with a file without a name; where there are none, a guess of 0.5 GB/s."""
-    try:
-        descriptor = os.open(parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return 0.5e9
-    try:
-        start = time.perf_counter()
-        os.write(descriptor, buffer)
-        os.fdatasync(descriptor)
-        return len(buffer) / (time.perf_counter() - start)
-    except OSError:
-        return 0.5e9
-    finally:
-        os.close(descriptor)
