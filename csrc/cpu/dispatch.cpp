@@ -53,6 +53,7 @@ struct Available {
       add("avx512_bf16", [&](Kernels& kernels) {
         fill_avx512(kernels);
         isa_avx512_bf16::fill_gram_pairs(kernels);
+        isa_avx512_bf16::fill_routed_lora_pairs(kernels);
       });
     }
 #endif

@@ -32,6 +32,6 @@ Status project_merge(ConstMatrix, ConstMatrix, const std::uint8_t*, MaskAxis, co
 }
 
 std::size_t routed_lora_workspace_bytes(const RoutedLoraArguments&) { return 0; }
-Status routed_lora(RoutedLoraArguments, void*, Stream) { return kAbsent; }
+Status routed_lora(const RoutedLoraArguments&, void*, Stream) { return kAbsent; }
 
 }  // namespace hpa::cuda

@@ -14,6 +14,7 @@ from hpa_ext.ops.inverse_diagonal import InverseDiagonal, inverse_diagonal
 from hpa_ext.ops.inverse_diagonal_rows import RowsDiagonal, inverse_diagonal_of_rows
 from hpa_ext.ops.project_merge import project_merge
 from hpa_ext.ops.routed_lora import routed_lora
+from hpa_ext.ops.routed_lora_list import routed_lora_list
 
 __all__ = [
     "InverseDiagonal",
@@ -30,4 +31,5 @@ __all__ = [
     "native_cuda",
     "project_merge",
     "routed_lora",
+    "routed_lora_list",
 ]

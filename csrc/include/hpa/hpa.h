@@ -8,5 +8,6 @@
 #include "hpa/inverse_diagonal.h"
 #include "hpa/project_merge.h"
 #include "hpa/routed_lora.h"
+#include "hpa/routed_lora_backward.h"
 #include "hpa/runtime.h"
 #include "hpa/types.h"
