@@ -12,7 +12,7 @@ namespace {
 
 // One task of the first product: its tokens stay in the second-level cache while its rows of A pass by. With the few
 // tokens of decoding, tasks of fewer rows give every thread some.
-constexpr std::int64_t kTokensPerTask = 16, kRowsPerTask = 24, kRowsPerDecodingTask = 6;
+constexpr std::int64_t kTokensPerTask = 64, kRowsPerTask = 24, kDecodingTokens = 16, kRowsPerDecodingTask = 6;
 // One task of the second product: its panels of B stay in the first-level cache while the tokens pass by in chunks.
 constexpr std::int64_t kPanelBytes = 40 << 10, kMostPanels = 4, kTokensPerChunk = 32;
 
@@ -51,7 +51,7 @@ Status routed_lora(const RoutedLoraArguments& arguments) {
   const std::int64_t tokens = g.batch * g.tokens;
   if (tokens == 0 || g.count == 0) return {};
 
-  const std::int64_t rows_per_task = tokens <= kTokensPerTask ? kRowsPerDecodingTask : kRowsPerTask;
+  const std::int64_t rows_per_task = tokens <= kDecodingTokens ? kRowsPerDecodingTask : kRowsPerTask;
   Buffer<Part> parts(g.count);
   if (!parts) return kOutOfMemory;
   Part end{};

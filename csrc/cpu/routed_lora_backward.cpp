@@ -11,7 +11,7 @@
 namespace hpa::cpu {
 namespace {
 
-constexpr std::int64_t kTokensPerTask = 16, kRowsPerTask = 24;
+constexpr std::int64_t kTokensPerTask = 64, kRowsPerTask = 24;
 // Tokens of a panel product at a time: the packed panel stays in the second-level cache, the sums in registers.
 constexpr std::int64_t kDepth = 256;
 constexpr std::int64_t kTokensPerChunk = 32;
