@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import DTYPES, assert_same_bits, is_native, normal, refuses
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hpa_ext import ops
 
@@ -50,11 +50,32 @@ def samples(operation, dtype, device):
             (w_old, w_new, mask, coefficient, "input", torch.zeros_like(w_old)),
             (w_old.mT, w_new.mT, mask, coefficient, "output", torch.zeros_like(w_old).mT),
         ]
+    if operation.startswith("routed_lora_"):
+        return samples_of_linears(operation, dtype, of_scores, device)
     assert operation == "routed_lora"
     shapes = ((2, 3, 5), (3, 4, 5), (3, 6, 4))
     tensors = [normal(*shape, dtype=dtype, device=device) for shape in shapes]
     tensors += [normal(*shape, dtype=of_scores, device=device) for shape in ((2, 3), (3,))]
     return [tuple(tensors), tuple(tensor.clone().requires_grad_() for tensor in tensors)]
+
+
+def samples_of_linears(operation, dtype, of_scores, device):
+    """Two linears with one input."""
+    x = normal(2, 3, 5, dtype=dtype, device=device)
+    a = [normal(3, rank, 5, dtype=dtype, device=device) for rank in (4, 1)]
+    b = [normal(3, out, rank, dtype=dtype, device=device) for out, rank in ((6, 4), (2, 1))]
+    onto = [normal(2, 3, out, dtype=dtype, device=device) for out in (6, 2)]
+    weights = normal(2, 3, dtype=of_scores, device=device)
+    scaling = [normal(3, dtype=of_scores, device=device) for _ in range(2)]
+    if operation == "routed_lora_backward":
+        return [(onto, x, a, b, weights, scaling, [True] * 8), (onto, x, a, b, weights, scaling, [False, True] * 4)]
+    assert operation == "routed_lora_list"
+    tensors = [x, a, b, weights, scaling]
+    leaves = [
+        [t.clone().requires_grad_() for t in value] if isinstance(value, list) else value.clone().requires_grad_()
+        for value in (*tensors, onto)
+    ]
+    return [(*tensors, []), (*tensors, onto), tuple(leaves)]
 
 
 OPERATORS = (
@@ -65,6 +86,8 @@ OPERATORS = (
     "project_merge",
     "project_merge_out",
     "routed_lora",
+    "routed_lora_backward",
+    "routed_lora_list",
 )
 CASES = [
     (operation, dtype)
@@ -87,7 +110,7 @@ def test_every_operator_is_checked():
 @pytest.mark.parametrize("operation", OPERATORS)
 def test_an_unsupported_dtype_is_refused_by_the_operator_too(operation):
     arguments = list(samples(operation, torch.float32, "cpu")[0])
-    place = 1 if operation == "gram_accumulate_" else 0
+    place = 1 if operation in ("gram_accumulate_", "routed_lora_backward") else 0
     arguments[place] = arguments[place].to(torch.int32)
     with pytest.raises(TypeError, match=r"expected .*, got a int32 tensor"):
         getattr(torch.ops.hpa_ext, operation)(*arguments)
@@ -220,7 +243,7 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones(device, operation,
     for arguments in samples(operation, dtype, device):
         real = operator(*arguments)
         with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            fakes = tree_map(lambda a: mode.from_tensor(a) if isinstance(a, torch.Tensor) else a, list(arguments))
             fake = operator(*fakes)
         for of_real, of_fake in zip(tree_leaves(real), tree_leaves(fake), strict=True):
             if of_real is None:

@@ -26,8 +26,8 @@ def routed_lora(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: Tenso
         TypeError, ValueError: wrong type, dtype, shape or device of an argument.
 
     Both products accumulate in float32, and what lies between them stays float32. Differentiable in x, a, b, weights
-    and scaling, twice too; the gradients accumulate in float32. bfloat16 subnormals may count as zero. `routed_lora_list`
-    takes several linears with one input. HiDe (ACL 2025), equation of the top layer.
+    and scaling, twice too; the gradients accumulate in float32. bfloat16 subnormals may count as zero.
+    `routed_lora_list` takes several linears with one input. HiDe (ACL 2025), equation of the top layer.
     """
     return routed_lora_of(x, [a], [b], weights, [scaling], [])[0]
 

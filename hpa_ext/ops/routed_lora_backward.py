@@ -10,6 +10,7 @@ from torch import Tensor
 from hpa_ext import _C
 from hpa_ext.ops._backend import DTYPE_TAGS, backend_of, is_traced, on_cuda, use_torch_threads
 from hpa_ext.ops._library import register
+from hpa_ext.ops._routed_lora_checks import check_linears
 from hpa_ext.precision import without_autocast
 
 # What is wanted: of x, each a, each b, weights, each scaling.
@@ -63,13 +64,22 @@ def backward(
 
 def _routed_lora_backward(grads, x, a, b, weights, scaling, needs) -> list[Tensor]:
     """The gradients that are needed, in the order of `needs`: x, weights, each a, each b, each scaling."""
+    _fake(grads, x, a, b, weights, scaling, needs)
     if backend_of("routed_lora", x) == "torch" or on_cuda(x):  # CUDA has GEMMs and no kernel of ours
         with torch.no_grad(), without_autocast(x):
-            return [t.contiguous() for t in _differentiable(grads, x, a, b, weights, scaling, needs)]
+            found = _differentiable(grads, x, a, b, weights, scaling, needs)
+        # An operator's results own their memory, and the gradients of several A are parts of one product.
+        results = _fake(grads, x, a, b, weights, scaling, needs)
+        return [result.copy_(value) for result, value in zip(results, found, strict=True)]
     return _native(grads, x, a, b, weights, scaling, needs)
 
 
 def _fake(grads, x, a, b, weights, scaling, needs) -> list[Tensor]:
+    check_linears(x, a, b, weights, scaling, grads, "grads")
+    if len(grads) != len(a) or not grads:
+        raise ValueError(f"grads: expected one of each linear, and one linear at least, got {len(grads)}")
+    if len(needs) != 2 + 3 * len(a):
+        raise ValueError(f"needs: expected {2 + 3 * len(a)} flags, got {len(needs)}")
     like = [x, weights, *a, *b, *scaling]
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, need in zip(like, needs, strict=True) if need]
 
@@ -110,7 +120,9 @@ def _native(grads, x, a, b, weights, scaling, needs) -> list[Tensor]:
     if need_weights:
         found.append(sum(gate * scaling_ for gate, scaling_ in zip(to_gate, scaling, strict=True)))
     found += [grad.to(x.dtype) for grad in to_a if grad is not None]
-    found += [grad.mT.to(x.dtype, memory_format=torch.contiguous_format) for grad in to_b if grad is not None]
+    found += [
+        torch.empty(t.shape, dtype=t.dtype).copy_(grad.mT) for t, grad in zip(b, to_b, strict=True) if grad is not None
+    ]
     found += [(gate * weights).sum(0) for gate, needed in zip(to_gate, need_scaling, strict=True) if needed]
     return found
 

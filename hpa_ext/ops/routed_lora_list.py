@@ -18,8 +18,9 @@ from hpa_ext.ops._backend import (
     use_torch_threads,
     workspace,
 )
-from hpa_ext.ops._checks import WEIGHT_DTYPES, check_same, check_shape, check_tensor, describe
+from hpa_ext.ops._checks import describe
 from hpa_ext.ops._library import LIBRARY, register
+from hpa_ext.ops._routed_lora_checks import check_linears
 from hpa_ext.ops.routed_lora_backward import backward
 from hpa_ext.precision import without_autocast
 
@@ -50,7 +51,7 @@ def routed_lora_list(
         before it is added, without having been in memory.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, shape, device or number of an argument; ``a[1]`` is the second linear's.
+        TypeError, ValueError: wrong type, dtype, shape, device or number of an argument; ``a[1]`` is of the second.
 
     x is read once for all linears; on CUDA the native kernels take one launch for the first products of up to eight
     linears and one for the second. Differentiable in every tensor. HiDe (ACL 2025), equation of the top layer.
@@ -123,37 +124,8 @@ def _list(name: str, value: object) -> list:
 def _fake(
     x: Tensor, a: list[Tensor], b: list[Tensor], weights: Tensor, scaling: list[Tensor], onto: list[Tensor]
 ) -> list[Tensor]:
-    """The checks, and results without data."""
-    check_tensor("x", x, "[batch, tokens, in]", 3, WEIGHT_DTYPES)
-    for name, value in (("b", b), ("scaling", scaling), *([("onto", onto)] if onto else [])):
-        if len(value) != len(a):
-            raise ValueError(f"{name}: expected {len(a)} tensors, one for each of a, got {len(value)}")
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    outputs = []
-    for index in range(len(a)):
-        of = f"[{index}]" if len(a) > 1 else ""
-        a_, b_, scaling_ = a[index], b[index], scaling[index]
-        check_tensor(f"a{of}", a_, "[tasks, rank, in]", 3)
-        check_tensor(f"b{of}", b_, "[tasks, out, rank]", 3)
-        tasks, rank, out_features = a[0].shape[0], a_.shape[1], b_.shape[1]
-        if rank < 1:
-            raise ValueError(f"a{of}: expected [tasks, rank, in] with rank at least 1, got rank 0")
-        check_shape(f"a{of}", a_, (tasks, rank, x.shape[2]), f"for x with {x.shape[2]} features, tasks as in the first a")
-        check_shape(f"b{of}", b_, (tasks, out_features, rank), "for a of this many tasks and this rank")
-        shapes = (("weights", weights, (x.shape[0], tasks)), (f"scaling{of}", scaling_, (tasks,)))
-        for name, value, shape in shapes if index == 0 else shapes[1:]:
-            check_tensor(name, value, str(list(shape)), len(shape), (dtype,))
-            check_shape(name, value, shape, "for this batch and these tasks")
-            check_same(name, value, "x", x, dtype=False)
-        check_same(f"a{of}", a_, "x", x)
-        check_same(f"b{of}", b_, "x", x)
-        shape = (x.shape[0], x.shape[1], out_features)
-        if onto:
-            check_tensor(f"onto{of}", onto[index], "[batch, tokens, out]", 3)
-            check_shape(f"onto{of}", onto[index], shape, "like the branch that is added to it")
-            check_same(f"onto{of}", onto[index], "x", x)
-        outputs.append(torch.empty(shape, dtype=x.dtype, device=x.device))
-    return outputs
+    check_linears(x, a, b, weights, scaling, onto, "onto")
+    return [torch.empty((*x.shape[:2], b_.shape[1]), dtype=x.dtype, device=x.device) for b_ in b]
 
 
 def _setup_context(ctx, inputs, output) -> None:
