@@ -190,9 +190,10 @@ def test_strided_gradients_and_arguments(device):
         assert_same_bits(ours.contiguous(), theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"tokens": 0}, {"in_features": 0}, {"tasks": 0}])
-def test_empty(device, sizes):
-    tensors = arguments(LINEARS["q/k/v"], torch.bfloat16, device, **sizes)
+def test_empty(device, sizes, dtype):
+    tensors = arguments(LINEARS["q/k/v"], dtype, device, **sizes)
     leaves = [t.requires_grad_() for t in leaves_of(*tensors)]
     outputs = routed_lora_list(*tensors)
     for grad, leaf in zip(torch.autograd.grad(outputs, leaves, outputs), leaves, strict=True):

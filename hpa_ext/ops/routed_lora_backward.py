@@ -133,7 +133,7 @@ def _differentiable(grads, x, a, b, weights, scaling, needs) -> list[Tensor]:
     batch, tokens, _ = x.shape
     tasks, dtype = a[0].shape[0], weights.dtype
     rows = batch * tokens
-    x_ = x.reshape(rows, -1).to(dtype)
+    x_ = x.reshape(rows, x.shape[2]).to(dtype)
     ranks = [t.shape[1] for t in a]
     sizes = [tasks * rank for rank in ranks]
     side_by_side = torch.cat([t.reshape(size, t.shape[2]) for t, size in zip(a, sizes, strict=True)]).to(dtype)
@@ -142,8 +142,8 @@ def _differentiable(grads, x, a, b, weights, scaling, needs) -> list[Tensor]:
     shrunk = (x_ @ side_by_side.mT).split(sizes, 1) if any(need_shrunk) else None
     grad_shrunk, to_b, to_gate = [], [], []
     for index, (b_, scaling_, grad) in enumerate(zip(b, scaling, grads, strict=True)):
-        g = grad.reshape(rows, -1).to(dtype)
-        gate = (weights * scaling_)[:, None, :, None].expand(batch, tokens, tasks, ranks[index]).reshape(rows, -1)
+        g = grad.reshape(rows, grad.shape[2]).to(dtype)
+        gate = (weights * scaling_)[:, None, :, None].expand(batch, tokens, tasks, ranks[index]).reshape(rows, sizes[index])
         grad_gated = g @ b_.transpose(0, 1).reshape(b_.shape[1], sizes[index]).to(dtype)
         grad_shrunk.append(grad_gated * gate)
         if need_b[index]:
