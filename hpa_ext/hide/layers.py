@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hpa_ext.hide.experts import Expert, ExpertUpdate
 from hpa_ext.hide.fusion import FusedUpdate
 from hpa_ext.hide.routing_state import RoutingState
-from hpa_ext.ops import routed_lora
+from hpa_ext.ops import routed_lora_list
 
 
 class RoutedLinear(nn.Module):
@@ -59,8 +59,10 @@ class RoutedLinear(nn.Module):
             gain = 1 + weights @ gain_changes  # [batch, in]: W diag(g) x = W (g * x)
             base_input = (x.to(dtype) * gain[:, None, :]).to(x.dtype)
         output = self.base(base_input)
-        branch = routed_lora(x.to(self.a.dtype), self.a, self.b, weights, scaling)
-        return output + branch.to(output.dtype)
+        of_experts = x.to(self.a.dtype), [self.a], [self.b], weights, [scaling]
+        if output.dtype == self.a.dtype:
+            return routed_lora_list(*of_experts, onto=[output])[0]  # added while it is written
+        return output + routed_lora_list(*of_experts)[0].to(output.dtype)
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         found = self._placed.get((device, dtype))

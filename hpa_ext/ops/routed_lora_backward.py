@@ -143,7 +143,8 @@ def _differentiable(grads, x, a, b, weights, scaling, needs) -> list[Tensor]:
     grad_shrunk, to_b, to_gate = [], [], []
     for index, (b_, scaling_, grad) in enumerate(zip(b, scaling, grads, strict=True)):
         g = grad.reshape(rows, grad.shape[2]).to(dtype)
-        gate = (weights * scaling_)[:, None, :, None].expand(batch, tokens, tasks, ranks[index]).reshape(rows, sizes[index])
+        gate = (weights * scaling_)[:, None, :, None].expand(batch, tokens, tasks, ranks[index])
+        gate = gate.reshape(rows, sizes[index])
         grad_gated = g @ b_.transpose(0, 1).reshape(b_.shape[1], sizes[index]).to(dtype)
         grad_shrunk.append(grad_gated * gate)
         if need_b[index]:
