@@ -63,6 +63,17 @@ HPA_INLINE Stored<T> added(F32 sum, Stored<T> onto, const T* type) {
 template <typename T, int kRows, int kVectors>
 HPA_INLINE void expand_tile(const float* mid, std::int64_t mid_stride, std::int64_t depth, const float* b,
                             const T* onto, T* out, std::int64_t out_stride, std::int64_t columns) {
+  // Rows of the output lie far apart: fetched while the tile is summed, so that its stores do not wait for memory.
+  HPA_UNROLL
+  for (int row = 0; row < kRows; ++row) {
+    const std::int64_t last = (columns < kVectors * kLanes ? columns : kVectors * kLanes) - 1;
+    __builtin_prefetch(out + row * out_stride, 1);
+    __builtin_prefetch(out + row * out_stride + last, 1);
+    if (onto != nullptr) {
+      __builtin_prefetch(onto + row * out_stride, 0);
+      __builtin_prefetch(onto + row * out_stride + last, 0);
+    }
+  }
   F32 sum[kRows][kVectors];
   product_tile<float, kRows, kVectors>(depth, mid, 1, mid_stride, b, sum);
   HPA_UNROLL
