@@ -66,7 +66,7 @@ class _Linears:
 
     @property
     def operations(self) -> int:
-        """Of the forward, multiplications and additions. The gradients of x, A and B need twice as many more at least."""
+        """Of the forward, multiplications and additions. Gradients of x, A and B: twice as many more at least."""
         return sum(2 * self.batch * self.tokens * self.tasks * _RANK * (self.width + h) for h in self.heights)
 
     def make(self) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, list[Tensor], list[Tensor]]:

@@ -78,7 +78,7 @@ def device(
     With --emulated-cuda the CUDA cases keep their tensors on the CPU and take the operations' CUDA branch.
     """
     if request.param == "cuda" and emulated_module is not None:
-        for name in (*OPERATIONS, "gram_list", "routed_lora_list", "routed_lora_backward"):
+        for name in (*OPERATIONS, "gram_list", "routed_lora_list", "routed_lora_add", "routed_lora_backward"):
             operation = importlib.import_module(f"hpa_ext.ops.{name}")
             monkeypatch.setattr(operation, "_C", emulated_module, raising=False)
             monkeypatch.setattr(operation, "on_cuda", lambda tensor: True, raising=False)

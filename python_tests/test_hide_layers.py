@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import DTYPES, assert_same_bits, normal
 
+from hpa_ext.hide import layers
 from hpa_ext.hide.layers import RoutedLinear
 from hpa_ext.hide.routing_state import RoutingState
 from hpa_ext.ops import routed_lora
@@ -33,17 +34,71 @@ def separately(layer, x, weights):
     return output + branch.to(output.dtype)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("expert_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_bits_of_two_steps(dtype, expert_dtype, gained):
+def test_the_bits_of_two_steps(dtype, expert_dtype, gained, hooked):
     layer, x, weights = layer_of(dtype, expert_dtype, 0.1 * normal(TASKS, IN) if gained else None)
     seen = []
-    layer.base.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    if hooked:
+        layer.base.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
     with torch.no_grad(), layer.state.fixed(weights):
         assert_same_bits(layer(x), separately(layer, x, weights))
+    assert len(seen) == 2 * hooked
     for output, then in seen:  # what a hook has been given stays as it is
         assert_same_bits(output, then)
+
+
+class Remembering(torch.nn.Linear):
+    """Gives the same tensor to every caller."""
+
+    def forward(self, x):
+        self.output = super().forward(x)
+        return self.output
+
+
+def keep_globally(keep):
+    return torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: keep(output))
+
+
+@pytest.mark.parametrize("who", ["a subclass", "a global hook", "a patched forward"])
+def test_an_output_that_others_hold_is_not_written(who):
+    layer, x, weights = layer_of(torch.bfloat16)
+    kept = []
+    handle = None
+    if who == "a subclass":
+        layer.base.__class__ = Remembering
+    elif who == "a global hook":
+        handle = keep_globally(lambda output: kept.append((output, output.clone())))
+    else:
+        own = layer.base.forward
+        layer.base.forward = lambda x: kept.append(own(x)) or kept[-1]
+    try:
+        with torch.no_grad(), layer.state.fixed(weights):
+            layer(x)
+    finally:
+        if handle is not None:
+            handle.remove()
+    of_base = {"a subclass": lambda: layer.base.output, "a global hook": lambda: kept[0][0]}
+    held = of_base.get(who, lambda: kept[0])()
+    assert_same_bits(held, torch.nn.functional.linear(x, layer.base.weight, layer.base.bias))
+
+
+def test_inference_writes_in_place_and_training_does_not(monkeypatch):
+    layer, x, weights = layer_of(torch.bfloat16)
+    calls = []
+    true = layers.routed_lora_add_
+    monkeypatch.setattr(layers, "routed_lora_add_", lambda *args: calls.append(1) or true(*args))
+    with layer.state.fixed(weights):
+        with torch.inference_mode():
+            layer(x)
+        assert len(calls) == 1
+        layer(x)  # the base's weight requires grad
+        layer.base.requires_grad_(False)
+        layer.a.requires_grad_()
+        layer(x)
+        assert len(calls) == 1
 
 
 @pytest.mark.parametrize("expert_dtype", [None, torch.float32])

@@ -69,6 +69,8 @@ def samples_of_linears(operation, dtype, of_scores, device):
     scaling = [normal(3, dtype=of_scores, device=device) for _ in range(2)]
     if operation == "routed_lora_backward":
         return [(onto, x, a, b, weights, scaling, [True] * 8), (onto, x, a, b, weights, scaling, [False, True] * 4)]
+    if operation == "routed_lora_add_":
+        return [(onto[0], x, a[0], b[0], weights, scaling[0])]
     assert operation == "routed_lora_list"
     tensors = [x, a, b, weights, scaling]
     leaves = [
@@ -86,6 +88,7 @@ OPERATORS = (
     "project_merge",
     "project_merge_out",
     "routed_lora",
+    "routed_lora_add_",
     "routed_lora_backward",
     "routed_lora_list",
 )
@@ -110,7 +113,7 @@ def test_every_operator_is_checked():
 @pytest.mark.parametrize("operation", OPERATORS)
 def test_an_unsupported_dtype_is_refused_by_the_operator_too(operation):
     arguments = list(samples(operation, torch.float32, "cpu")[0])
-    place = 1 if operation in ("gram_accumulate_", "routed_lora_backward") else 0
+    place = 1 if operation in ("gram_accumulate_", "routed_lora_add_", "routed_lora_backward") else 0
     arguments[place] = arguments[place].to(torch.int32)
     with pytest.raises(TypeError, match=r"expected .*, got a int32 tensor"):
         getattr(torch.ops.hpa_ext, operation)(*arguments)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from helpers import DTYPES, GuardedAllocations, assert_same_bits, lay_out, normal, refuses
+from helpers import DTYPES, GuardedAllocations, assert_same_bits, lay_out, normal, outside, refuses
 
-from hpa_ext.ops import routed_lora, routed_lora_list
+from hpa_ext.ops import routed_lora, routed_lora_add_, routed_lora_list
 
 # (out, rank) of each linear: q/k/v, gate/up, ragged, more than a launch of the CUDA kernels takes.
 LINEARS = {
@@ -67,6 +67,33 @@ def test_onto_without_tasks_or_features(device, dtype):
         x, a, b, weights, scaling = arguments([(5, 2)], dtype, device, **sizes)
         to = normal(2, 7, 5, dtype=dtype, device=device)
         assert torch.equal(routed_lora_list(x, a, b, weights, scaling, onto=[to])[0], to)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "offset", "padded_rows"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_added_in_place(device, dtype, layout):
+    x, (a,), (b,), weights, (scaling,) = arguments([(33, 5)], dtype, device)
+    before = normal(2, 7, 33, dtype=dtype, device=device)
+    onto = lay_out(before, layout)
+    others, version = outside(onto), onto._version
+    assert routed_lora_add_(onto, x, a, b, weights, scaling) is onto
+    assert_same_bits(onto, before + routed_lora(x, a, b, weights, scaling))
+    assert_same_bits(outside(onto), others)
+    assert onto._version > version
+
+
+def test_added_in_place_refuses(device):
+    x, (a,), (b,), weights, (scaling,) = arguments([(33, 5)], torch.float32, device)
+    onto = torch.ones(2, 7, 33, device=device)
+    with pytest.raises(RuntimeError, match=r"routed_lora_add_: expected no argument that requires grad"):
+        routed_lora_add_(onto, x.requires_grad_(), a, b, weights, scaling)
+    with torch.no_grad():
+        with refuses(ValueError, "onto"):
+            routed_lora_add_(onto[:, :6], x, a, b, weights, scaling)
+        with refuses(TypeError, "onto"):
+            routed_lora_add_(onto.half(), x, a, b, weights, scaling)
+        assert bool((onto == 1).all())
+        routed_lora_add_(onto, x, a, b, weights, scaling)
 
 
 def test_empty_list(device):

@@ -14,6 +14,7 @@ from hpa_ext.ops.inverse_diagonal import InverseDiagonal, inverse_diagonal
 from hpa_ext.ops.inverse_diagonal_rows import RowsDiagonal, inverse_diagonal_of_rows
 from hpa_ext.ops.project_merge import project_merge
 from hpa_ext.ops.routed_lora import routed_lora
+from hpa_ext.ops.routed_lora_add import routed_lora_add_
 from hpa_ext.ops.routed_lora_list import routed_lora_list
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "native_cuda",
     "project_merge",
     "routed_lora",
+    "routed_lora_add_",
     "routed_lora_list",
 ]

@@ -86,6 +86,20 @@ def _routed_lora_list(
         with without_autocast(x):
             branches = [reference.routed_lora(x, *linear) for linear in _each(a, b, weights, scaling)]
             return [branch + to for branch, to in zip(branches, onto, strict=True)] if onto else branches
+    launch(x, a, b, weights, scaling, onto, outputs)
+    return outputs
+
+
+def launch(
+    x: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    weights: Tensor,
+    scaling: list[Tensor],
+    onto: list[Tensor],
+    outputs: list[Tensor],
+) -> None:
+    """The native kernels, for arguments that have been checked, into contiguous outputs, which may be `onto`."""
     # Contiguous copies must live until the kernels have been launched.
     x, weights = x.detach().contiguous(), weights.detach().contiguous()
     a, b, scaling, onto = ([t.detach().contiguous() for t in tensors] for tensors in (a, b, scaling, onto))
@@ -108,7 +122,6 @@ def _routed_lora_list(
     else:
         use_torch_threads()
         _C.cpu.routed_lora(*arguments)
-    return outputs
 
 
 def _each(a: list[Tensor], b: list[Tensor], weights: Tensor, scaling: list[Tensor]):
