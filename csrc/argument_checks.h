@@ -188,16 +188,22 @@ inline Status check_routed_lora(const RoutedLoraArguments& r) {
   HPA_REQUIRE(r.batch >= 0, "batch: must not be negative");
   HPA_REQUIRE(r.tokens >= 0, "tokens: must not be negative");
   HPA_REQUIRE(r.in >= 0, "in: must not be negative");
-  HPA_REQUIRE(r.out >= 0, "out: must not be negative");
   HPA_REQUIRE(r.tasks >= 0, "tasks: must not be negative");
-  HPA_REQUIRE(r.rank >= 1 || r.tasks == 0, "rank: must be at least 1");
-  if (r.batch * r.tokens == 0 || r.out == 0) return {};
-  HPA_REQUIRE(r.output != nullptr, "output: must not be null");
-  HPA_REQUIRE(r.x != nullptr || r.in == 0, "x: must not be null");
-  HPA_REQUIRE(r.a != nullptr || r.tasks * r.in == 0, "a: must not be null");
-  HPA_REQUIRE(r.b != nullptr || r.tasks == 0, "b: must not be null");
-  HPA_REQUIRE(r.weights != nullptr || r.tasks == 0, "weights: must not be null");
-  HPA_REQUIRE(r.scaling != nullptr || r.tasks == 0, "scaling: must not be null");
+  HPA_REQUIRE(r.count >= 0, "count: must not be negative");
+  HPA_REQUIRE(r.linears != nullptr || r.count == 0, "linears: must not be null");
+  const bool any_token = r.batch * r.tokens != 0;
+  for (std::int64_t l = 0; l < r.count; ++l) {
+    const RoutedLoraLinear& linear = r.linears[l];
+    HPA_REQUIRE(linear.out >= 0, "out: must not be negative");
+    HPA_REQUIRE(linear.rank >= 1 || r.tasks == 0, "rank: must be at least 1");
+    if (!any_token || linear.out == 0) continue;
+    HPA_REQUIRE(linear.output != nullptr, "output: must not be null");
+    HPA_REQUIRE(r.x != nullptr || r.in == 0, "x: must not be null");
+    HPA_REQUIRE(linear.a != nullptr || r.tasks * r.in == 0, "a: must not be null");
+    HPA_REQUIRE(linear.b != nullptr || r.tasks == 0, "b: must not be null");
+    HPA_REQUIRE(r.weights != nullptr || r.tasks == 0, "weights: must not be null");
+    HPA_REQUIRE(linear.scaling != nullptr || r.tasks == 0, "scaling: must not be null");
+  }
   return {};
 }
 

@@ -161,11 +161,10 @@ void bind_low_rank(py::module_ m) {
                              std::int64_t rows, std::int64_t columns, const FactorTuple& a, const FactorTuple& b,
                              std::int64_t rank, float scaling, Address mask, bool mask_rows, Address coefficient) {
     call([&] {
-      return cpu::low_rank_merge(
-          matrix(w_old, dtype, rows, columns, stride), low_rank_update(a, b, rank, rows, columns, scaling),
-          pointer<const std::uint8_t>(mask), mask_rows ? MaskAxis::output : MaskAxis::input,
-          pointer<const float>(coefficient),
-          {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
+      return cpu::low_rank_merge(matrix(w_old, dtype, rows, columns, stride),
+                                 low_rank_update(a, b, rank, rows, columns, scaling), pointer<const std::uint8_t>(mask),
+                                 mask_rows ? MaskAxis::output : MaskAxis::input, pointer<const float>(coefficient),
+                                 {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
     });
   });
   m.def("low_rank_add", [](Address w, std::int64_t stride, Address out, std::int64_t out_stride, int dtype,
@@ -179,6 +178,36 @@ void bind_low_rank(py::module_ m) {
     });
   });
 }
+
+// a, b, scaling, onto, output, out, rank
+using RoutedLoraTuple = std::tuple<Address, Address, Address, Address, Address, std::int64_t, std::int64_t>;
+
+std::vector<hpa::RoutedLoraLinear> routed_lora_linears(const std::vector<RoutedLoraTuple>& list) {
+  std::vector<hpa::RoutedLoraLinear> linears;
+  linears.reserve(list.size());
+  for (const auto& [a, b, scaling, onto, output, out, rank] : list) {
+    linears.push_back({pointer<const void>(a), pointer<const void>(b), pointer<const float>(scaling),
+                       pointer<const void>(onto), pointer<void>(output), out, rank});
+  }
+  return linears;
+}
+
+hpa::RoutedLoraArguments routed_lora_arguments(Address x, Address weights, int dtype, std::int64_t batch,
+                                               std::int64_t tokens, std::int64_t in, std::int64_t tasks,
+                                               const std::vector<hpa::RoutedLoraLinear>& linears) {
+  return {pointer<const void>(x),
+          pointer<const float>(weights),
+          static_cast<hpa::DType>(dtype),
+          batch,
+          tokens,
+          in,
+          tasks,
+          linears.data(),
+          std::ssize(linears)};
+}
+
+using RoutedLoraGradientsTuple =
+    std::tuple<Address, Address, Address, Address, std::int64_t, std::int64_t, Address, Address, Address>;
 
 void bind_cpu(py::module_ m) {
   using namespace hpa;
@@ -258,15 +287,27 @@ void bind_cpu(py::module_ m) {
                                 {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
     });
   });
-  m.def("routed_lora", [](Address x, Address a, Address b, Address weights, Address scaling, Address output, int dtype,
-                          std::int64_t batch, std::int64_t tokens, std::int64_t in, std::int64_t out,
-                          std::int64_t tasks, std::int64_t rank) {
-    call([&] {
-      return cpu::routed_lora({pointer<const void>(x), pointer<const void>(a), pointer<const void>(b),
-                               pointer<const float>(weights), pointer<const float>(scaling), pointer<void>(output),
-                               static_cast<DType>(dtype), batch, tokens, in, out, tasks, rank});
-    });
+  m.def("routed_lora", [](Address x, Address weights, int dtype, std::int64_t batch, std::int64_t tokens,
+                          std::int64_t in, std::int64_t tasks, const std::vector<RoutedLoraTuple>& list) {
+    const std::vector<RoutedLoraLinear> linears = routed_lora_linears(list);
+    call([&] { return cpu::routed_lora(routed_lora_arguments(x, weights, dtype, batch, tokens, in, tasks, linears)); });
   });
+  // The linears: a, b_transposed, scaling, output, out, rank, a_gradient, b_transposed_gradient, gate_gradient.
+  m.def("routed_lora_backward",
+        [](Address x, Address weights, Address x_gradient, int dtype, std::int64_t batch, std::int64_t tokens,
+           std::int64_t in, std::int64_t tasks, const std::vector<RoutedLoraGradientsTuple>& list) {
+          std::vector<RoutedLoraGradients> linears;
+          for (const auto& [a, b, scaling, output, out, rank, to_a, to_b, to_gate] : list) {
+            linears.push_back({pointer<const void>(a), pointer<const void>(b), pointer<const float>(scaling),
+                               pointer<const void>(output), out, rank, pointer<float>(to_a), pointer<float>(to_b),
+                               pointer<float>(to_gate)});
+          }
+          call([&] {
+            return cpu::routed_lora_backward({pointer<const void>(x), pointer<const float>(weights),
+                                              pointer<void>(x_gradient), static_cast<DType>(dtype), batch, tokens, in,
+                                              tasks, linears.data(), std::ssize(linears)});
+          });
+        });
 }
 
 // x, dtype, tokens, in, stride, mask
@@ -365,21 +406,19 @@ void bind_cuda(py::module_ m) {
     });
   });
   m.def("routed_lora_workspace_bytes",
-        [](std::int64_t batch, std::int64_t tokens, std::int64_t tasks, std::int64_t rank) {
-          RoutedLoraArguments arguments{};
-          arguments.batch = batch, arguments.tokens = tokens, arguments.tasks = tasks, arguments.rank = rank;
-          return cuda::routed_lora_workspace_bytes(arguments);
+        [](std::int64_t batch, std::int64_t tokens, std::int64_t tasks, const std::vector<RoutedLoraTuple>& list) {
+          const std::vector<RoutedLoraLinear> linears = routed_lora_linears(list);
+          return cuda::routed_lora_workspace_bytes(routed_lora_arguments(0, 0, 0, batch, tokens, 0, tasks, linears));
         });
-  m.def("routed_lora", [](Address x, Address a, Address b, Address weights, Address scaling, Address output, int dtype,
-                          std::int64_t batch, std::int64_t tokens, std::int64_t in, std::int64_t out,
-                          std::int64_t tasks, std::int64_t rank, Address workspace, Address stream) {
-    call([&] {
-      return cuda::routed_lora({pointer<const void>(x), pointer<const void>(a), pointer<const void>(b),
-                                pointer<const float>(weights), pointer<const float>(scaling), pointer<void>(output),
-                                static_cast<DType>(dtype), batch, tokens, in, out, tasks, rank},
-                               pointer<void>(workspace), pointer<void>(stream));
-    });
-  });
+  m.def("routed_lora",
+        [](Address x, Address weights, int dtype, std::int64_t batch, std::int64_t tokens, std::int64_t in,
+           std::int64_t tasks, const std::vector<RoutedLoraTuple>& list, Address workspace, Address stream) {
+          const std::vector<RoutedLoraLinear> linears = routed_lora_linears(list);
+          call([&] {
+            return cuda::routed_lora(routed_lora_arguments(x, weights, dtype, batch, tokens, in, tasks, linears),
+                                     pointer<void>(workspace), pointer<void>(stream));
+          });
+        });
 }
 
 }  // namespace

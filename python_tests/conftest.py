@@ -80,11 +80,12 @@ def device(
     With --emulated-cuda the CUDA cases keep their tensors on the CPU and take the operations' CUDA branch.
     """
     if request.param == "cuda" and emulated_module is not None:
-        for name in (*OPERATIONS, *(f"{name}_list" for name in LISTS)):
+        more = ("routed_lora_list", "routed_lora_add", "routed_lora_backward")
+        for name in (*OPERATIONS, *(f"{name}_list" for name in LISTS), *more):
             operation = importlib.import_module(f"hpa_ext.ops.{name}")
-            monkeypatch.setattr(operation, "_C", emulated_module)
-            monkeypatch.setattr(operation, "on_cuda", lambda tensor: True)
-            monkeypatch.setattr(operation, "stream_of", lambda tensor: 0)
+            monkeypatch.setattr(operation, "_C", emulated_module, raising=False)
+            monkeypatch.setattr(operation, "on_cuda", lambda tensor: True, raising=False)
+            monkeypatch.setattr(operation, "stream_of", lambda tensor: 0, raising=False)
         yield torch.device("cpu")
         return
     if request.param == "cuda":

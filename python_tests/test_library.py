@@ -50,6 +50,8 @@ def samples(operation, dtype, device):
             (w_old, w_new, mask, coefficient, "input", torch.zeros_like(w_old)),
             (w_old.mT, w_new.mT, mask, coefficient, "output", torch.zeros_like(w_old).mT),
         ]
+    if operation.startswith("routed_lora_"):
+        return samples_of_linears(operation, dtype, of_scores, device)
     if operation.endswith("_list") or operation.endswith("_list_out"):
         return samples_of_lists(operation, dtype, device)
     assert operation == "routed_lora"
@@ -78,6 +80,27 @@ def samples_of_lists(operation, dtype, device):
     return [(w_old, w_new, masks, coefficients, "input", [w.clone() for w in w_old])]
 
 
+def samples_of_linears(operation, dtype, of_scores, device):
+    """Two linears with one input."""
+    x = normal(2, 3, 5, dtype=dtype, device=device)
+    a = [normal(3, rank, 5, dtype=dtype, device=device) for rank in (4, 1)]
+    b = [normal(3, out, rank, dtype=dtype, device=device) for out, rank in ((6, 4), (2, 1))]
+    onto = [normal(2, 3, out, dtype=dtype, device=device) for out in (6, 2)]
+    weights = normal(2, 3, dtype=of_scores, device=device)
+    scaling = [normal(3, dtype=of_scores, device=device) for _ in range(2)]
+    if operation == "routed_lora_backward":
+        return [(onto, x, a, b, weights, scaling, [True] * 8), (onto, x, a, b, weights, scaling, [False, True] * 4)]
+    if operation == "routed_lora_add_":
+        return [(onto[0], x, a[0], b[0], weights, scaling[0])]
+    assert operation == "routed_lora_list"
+    tensors = [x, a, b, weights, scaling]
+    leaves = [
+        [t.clone().requires_grad_() for t in value] if isinstance(value, list) else value.clone().requires_grad_()
+        for value in (*tensors, onto)
+    ]
+    return [(*tensors, []), (*tensors, onto), tuple(leaves)]
+
+
 OPERATORS = (
     "gram_accumulate_",
     "inverse_diagonal",
@@ -90,6 +113,9 @@ OPERATORS = (
     "project_merge_list",
     "project_merge_list_out",
     "routed_lora",
+    "routed_lora_add_",
+    "routed_lora_backward",
+    "routed_lora_list",
 )
 CASES = [
     (operation, dtype)
@@ -116,7 +142,7 @@ def test_every_operator_is_checked():
 @pytest.mark.parametrize("operation", OPERATORS)
 def test_an_unsupported_dtype_is_refused_by_the_operator_too(operation):
     arguments = list(samples(operation, torch.float32, "cpu")[0])
-    place = 1 if operation == "gram_accumulate_" else 0
+    place = 1 if operation in ("gram_accumulate_", "routed_lora_add_", "routed_lora_backward") else 0
     wrong = arguments[place]
     arguments[place] = [t.to(torch.int32) for t in wrong] if isinstance(wrong, list) else wrong.to(torch.int32)
     with pytest.raises(TypeError, match=r"expected .*, got a int32 tensor"):

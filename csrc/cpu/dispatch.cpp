@@ -57,6 +57,7 @@ struct Available {
         fill_avx512(kernels);
         isa_avx512_bf16::fill_gram_pairs(kernels);
         isa_avx512_bf16::fill_low_rank_pairs(kernels);
+        isa_avx512_bf16::fill_routed_lora_pairs(kernels);
       });
     }
 #endif

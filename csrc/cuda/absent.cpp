@@ -36,6 +36,6 @@ Status project_merge(ConstMatrix, ConstMatrix, const std::uint8_t*, MaskAxis, co
 Status project_merge_list(const ProjectMergeItem*, std::int64_t, Stream) { return kAbsent; }
 
 std::size_t routed_lora_workspace_bytes(const RoutedLoraArguments&) { return 0; }
-Status routed_lora(RoutedLoraArguments, void*, Stream) { return kAbsent; }
+Status routed_lora(const RoutedLoraArguments&, void*, Stream) { return kAbsent; }
 
 }  // namespace hpa::cuda

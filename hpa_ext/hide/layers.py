@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hpa_ext.hide.experts import Expert, ExpertUpdate
 from hpa_ext.hide.fusion import FusedUpdate
 from hpa_ext.hide.routing_state import RoutingState
-from hpa_ext.ops import routed_lora
+from hpa_ext.ops import routed_lora, routed_lora_add_, routed_lora_list
 
 
 class RoutedLinear(nn.Module):
@@ -59,14 +59,33 @@ class RoutedLinear(nn.Module):
             gain = 1 + weights @ gain_changes  # [batch, in]: W diag(g) x = W (g * x)
             base_input = (x.to(dtype) * gain[:, None, :]).to(x.dtype)
         output = self.base(base_input)
-        branch = routed_lora(x.to(self.a.dtype), self.a, self.b, weights, scaling)
-        return output + branch.to(output.dtype)
+        x = x.to(self.a.dtype)
+        if output.dtype != self.a.dtype:
+            return output + routed_lora(x, self.a, self.b, weights, scaling).to(output.dtype)
+        if self._is_ours(output, x):
+            return routed_lora_add_(output, x, self.a, self.b, weights, scaling)
+        return routed_lora_list(x, [self.a], [self.b], weights, [scaling], onto=[output])[0]
+
+    def _is_ours(self, output: Tensor, x: Tensor) -> bool:
+        """Whether the base's output is new memory that nobody else has seen and no gradient needs."""
+        base = self.base
+        return (
+            type(base) is nn.Linear
+            and type(output) is Tensor
+            and not torch.compiler.is_compiling()
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (output, x, self.a, self.b)))
+            # Hooks may keep it; a forward of somebody's own may give anything.
+            and not base._forward_hooks
+            and not torch.nn.modules.module._global_forward_hooks
+            and "forward" not in vars(base)
+        )
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         found = self._placed.get((device, dtype))
         if found is None:
-            gains = None if self._gain_changes is None else self._gain_changes.to(device, dtype)
-            found = self._scaling.to(device, dtype), gains
+            with torch.inference_mode(False):  # they outlive this forward, and a later one may train
+                gains = None if self._gain_changes is None else self._gain_changes.to(device, dtype)
+                found = self._scaling.to(device, dtype), gains
             self._placed = {(device, dtype): found}
         return found
 

@@ -18,6 +18,8 @@ from hpa_ext.ops.low_rank import LOW_RANK_DTYPES, low_rank_add, low_rank_backend
 from hpa_ext.ops.project_merge import project_merge
 from hpa_ext.ops.project_merge_list import project_merge_list
 from hpa_ext.ops.routed_lora import routed_lora
+from hpa_ext.ops.routed_lora_add import routed_lora_add_
+from hpa_ext.ops.routed_lora_list import routed_lora_list
 
 __all__ = [
     "LOW_RANK_DTYPES",
@@ -42,4 +44,6 @@ __all__ = [
     "project_merge",
     "project_merge_list",
     "routed_lora",
+    "routed_lora_add_",
+    "routed_lora_list",
 ]

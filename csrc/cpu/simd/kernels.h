@@ -106,12 +106,13 @@ struct Kernels {
                             float* out, std::int64_t out_stride);
   // out[k * kPanel + r] = b[r * depth + k] in float32; lanes past `rows` get zeros.
   void (*pack_transposed[3])(const void* b, std::int64_t rows, std::int64_t depth, float* out);
-  // Second product: out[t * out_stride + j] = sum over k of mid[t * depth + k] * b[k * kPanel + j], j < columns.
-  void (*expand[3])(const float* mid, std::int64_t tokens, std::int64_t depth, const float* b, void* out,
-                    std::int64_t out_stride, std::int64_t columns);
+  // Second product: out[t * out_stride + j] = sum over k of mid[t * mid_stride + k] * b[k * kPanel + j], j < columns.
+  // Where onto is given, the sum is rounded and added to it, as far apart as out; out may be onto.
+  void (*expand[3])(const float* mid, std::int64_t tokens, std::int64_t mid_stride, std::int64_t depth, const float* b,
+                    const void* onto, void* out, std::int64_t out_stride, std::int64_t columns);
 
-  // low_rank, by the dtype of the weight: on panels of float32, and on pairs of bfloat16 (null where the instruction set
-  // has no such product).
+  // low_rank, by the dtype of the weight: on panels of float32, and on pairs of bfloat16 (null where the instruction
+  // set has no such product).
   LowRankScores low_rank_scores[3], low_rank_pair_scores[3];
   LowRankMerges low_rank_merge[3], low_rank_pair_merge[3];
 };
@@ -135,7 +136,8 @@ HPA_DECLARE_INSTRUCTION_SET(isa_avx512)
 namespace isa_avx512_bf16 {
 void fill_gram_pairs(Kernels& kernels);
 void fill_low_rank_pairs(Kernels& kernels);
-}
+void fill_routed_lora_pairs(Kernels& kernels);
+}  // namespace isa_avx512_bf16
 namespace isa_amx_bf16 {
 void fill_gram_tiles(Kernels& kernels);
 }

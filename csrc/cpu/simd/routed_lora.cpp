@@ -1,70 +1,21 @@
 // Inner loops of routed_lora: x A^T as inner products, and (x A^T) B^T as a panel product.
 #include "cpu/simd/convert.h"
+#include "cpu/simd/inner_products.h"
 #include "cpu/simd/product.h"
 
 namespace hpa::cpu::HPA_ISA {
 namespace {
 
-// The tile's rows are given by pointer: at the edges a row is repeated and its result dropped.
-template <typename T, int kTokens, int kRows>
-HPA_INLINE void inner_product_tile(const T* const (&x)[kTokens], const T* const (&a)[kRows], std::int64_t in,
-                                   float (&result)[kTokens][kRows]) {
-  F32 sum[kTokens][kRows] = {};
-  const auto add = [&](const F32(&left)[kTokens], const F32(&right)[kRows]) __attribute__((always_inline)) {
-    HPA_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-      HPA_UNROLL
-      for (int r = 0; r < kRows; ++r) sum[t][r] = multiply_add(left[t], right[r], sum[t][r]);
-    }
-  };
-  F32 left[kTokens], right[kRows];
-  std::int64_t k = 0;
-  for (; k + kLanes <= in; k += kLanes) {
-    HPA_UNROLL
-    for (int r = 0; r < kRows; ++r) right[r] = load(a[r] + k);
-    HPA_UNROLL
-    for (int t = 0; t < kTokens; ++t) left[t] = load(x[t] + k);
-    add(left, right);
-  }
-  if (k < in) {
-    for (int r = 0; r < kRows; ++r) right[r] = load(a[r] + k, in - k);
-    for (int t = 0; t < kTokens; ++t) left[t] = load(x[t] + k, in - k);
-    add(left, right);
-  }
-  for (int t = 0; t < kTokens; ++t) {
-    for (int r = 0; r < kRows; ++r) result[t][r] = sum_lanes(sum[t][r]);
-  }
-}
-
-template <typename T, int kTokens>
-void inner_product_rows(const T* x, std::int64_t tokens, const T* a, std::int64_t rows, std::int64_t in, float* out,
-                        std::int64_t out_stride) {
-  const T* token[kTokens];
-  for (int t = 0; t < kTokens; ++t) token[t] = x + (t < tokens ? t : tokens - 1) * in;
-  for (std::int64_t first = 0; first < rows; first += kDotRows) {
-    const T* row[kDotRows];
-    for (int r = 0; r < kDotRows; ++r) row[r] = a + (first + r < rows ? first + r : rows - 1) * in;
-    float result[kTokens][kDotRows];
-    inner_product_tile<T, kTokens, kDotRows>(token, row, in, result);
-    for (int t = 0; t < kTokens && t < tokens; ++t) {
-      for (int r = 0; r < kDotRows && first + r < rows; ++r) out[t * out_stride + first + r] = result[t][r];
-    }
-  }
-}
-
+// One value of x and of A in every lane.
 template <typename T>
-void inner_products(const void* x, std::int64_t tokens, const void* a, std::int64_t rows, std::int64_t in, float* out,
-                    std::int64_t out_stride) {
-  const T* token = static_cast<const T*>(x);
-  const T* row = static_cast<const T*>(a);
-  for (std::int64_t t = 0; t < tokens; t += kDotTokens) {
-    if (tokens - t == 1) {
-      inner_product_rows<T, 1>(token + t * in, 1, row, rows, in, out + t * out_stride, out_stride);
-    } else {
-      inner_product_rows<T, kDotTokens>(token + t * in, tokens - t, row, rows, in, out + t * out_stride, out_stride);
-    }
-  }
-}
+struct Values {
+  using Element = T;
+  using Operand = F32;
+  static constexpr int kStep = kLanes;
+  HPA_INLINE static F32 read(const T* p) { return load(p); }
+  HPA_INLINE static F32 read(const T* p, std::int64_t count) { return load(p, count); }
+  HPA_INLINE static F32 add_product(F32 x, F32 a, F32 sum) { return multiply_add(x, a, sum); }
+};
 
 constexpr std::int64_t kChunk = 64;  // elements of a row that are widened at once
 
@@ -103,47 +54,68 @@ void pack_transposed(const void* b, std::int64_t rows, std::int64_t depth, float
   }
 }
 
+// The sum is rounded before it is added, as if it had been written and read again.
+template <typename T>
+HPA_INLINE Stored<T> added(F32 sum, Stored<T> onto, const T* type) {
+  return narrow(widen(onto, type) + widen(narrow(sum, type), type), type);
+}
+
 template <typename T, int kRows, int kVectors>
-HPA_INLINE void expand_tile(const float* mid, std::int64_t depth, const float* b, T* out, std::int64_t out_stride,
-                            std::int64_t columns) {
+HPA_INLINE void expand_tile(const float* mid, std::int64_t mid_stride, std::int64_t depth, const float* b,
+                            const T* onto, T* out, std::int64_t out_stride, std::int64_t columns) {
+  // Rows of the output lie far apart: fetched while the tile is summed, so that its stores do not wait for memory.
+  HPA_UNROLL
+  for (int row = 0; row < kRows; ++row) {
+    const std::int64_t last = (columns < kVectors * kLanes ? columns : kVectors * kLanes) - 1;
+    __builtin_prefetch(out + row * out_stride, 1);
+    __builtin_prefetch(out + row * out_stride + last, 1);
+    if (onto != nullptr) {
+      __builtin_prefetch(onto + row * out_stride, 0);
+      __builtin_prefetch(onto + row * out_stride + last, 0);
+    }
+  }
   F32 sum[kRows][kVectors];
-  product_tile<float, kRows, kVectors>(depth, mid, 1, depth, b, sum);
+  product_tile<float, kRows, kVectors>(depth, mid, 1, mid_stride, b, sum);
   HPA_UNROLL
   for (int row = 0; row < kRows; ++row) {
     HPA_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      T* target = out + row * out_stride + v * kLanes;
-      const std::int64_t left = columns - v * kLanes;
+      const std::int64_t offset = row * out_stride + v * kLanes, left = columns - v * kLanes;
       if (left >= kLanes) {
-        store_vector(target, narrow(sum[row][v], out));
+        const Stored<T> value =
+            onto != nullptr ? added<T>(sum[row][v], load_stored(onto + offset), out) : narrow(sum[row][v], out);
+        store_vector(out + offset, value);
       } else if (left > 0) {
-        store_stored(target, narrow(sum[row][v], out), left);
+        const Stored<T> value =
+            onto != nullptr ? added<T>(sum[row][v], load_stored(onto + offset, left), out) : narrow(sum[row][v], out);
+        store_stored(out + offset, value, left);
       }
     }
   }
 }
 
 template <typename T>
-void expand(const float* mid, std::int64_t tokens, std::int64_t depth, const float* b, void* out,
-            std::int64_t out_stride, std::int64_t columns) {
+void expand(const float* mid, std::int64_t tokens, std::int64_t mid_stride, std::int64_t depth, const float* b,
+            const void* onto, void* out, std::int64_t out_stride, std::int64_t columns) {
   constexpr int kWidth = kTileVectors * kLanes;
+  const T* added_to = static_cast<const T*>(onto);
   T* base = static_cast<T*>(out);
   for (std::int64_t j = 0; j < columns; j += kWidth) {
+    const auto tile = [&]<int kRows>(std::int64_t t) __attribute__((always_inline)) {
+      const std::int64_t offset = t * out_stride + j;
+      expand_tile<T, kRows, kTileVectors>(mid + t * mid_stride, mid_stride, depth, b + j,
+                                          added_to != nullptr ? added_to + offset : nullptr, base + offset, out_stride,
+                                          columns - j);
+    };
     std::int64_t t = 0;
-    for (; t + kTileRows <= tokens; t += kTileRows) {
-      expand_tile<T, kTileRows, kTileVectors>(mid + t * depth, depth, b + j, base + t * out_stride + j, out_stride,
-                                              columns - j);
-    }
-    for (; t < tokens; ++t) {
-      expand_tile<T, 1, kTileVectors>(mid + t * depth, depth, b + j, base + t * out_stride + j, out_stride,
-                                      columns - j);
-    }
+    for (; t + kTileRows <= tokens; t += kTileRows) tile.template operator()<kTileRows>(t);
+    for (; t < tokens; ++t) tile.template operator()<1>(t);
   }
 }
 
 template <typename T>
 void fill(Kernels& kernels, int dtype) {
-  kernels.inner_products[dtype] = inner_products<T>;
+  kernels.inner_products[dtype] = inner_products<Values<T>>;
   kernels.pack_transposed[dtype] = pack_transposed<T>;
   kernels.expand[dtype] = expand<T>;
 }

@@ -9,5 +9,6 @@
 #include "hpa/low_rank.h"
 #include "hpa/project_merge.h"
 #include "hpa/routed_lora.h"
+#include "hpa/routed_lora_backward.h"
 #include "hpa/runtime.h"
 #include "hpa/types.h"

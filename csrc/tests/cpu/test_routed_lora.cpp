@@ -27,9 +27,10 @@ void compare(const Shape& s, DType dtype, const std::string& set) {
   for (auto& w : scaling) w = static_cast<float>(1 + random.chance(0.5));
   for (const std::int32_t threads : {1, 2, 3}) {
     cpu::set_thread_count(threads);
+    const RoutedLoraLinear linear = {a.view().data, b.view().data, scaling.data(), nullptr, output.mutable_view().data,
+                                     s.out,         s.rank};
     const Status status =
-        cpu::routed_lora({x.view().data, a.view().data, b.view().data, weights.data(), scaling.data(),
-                          output.mutable_view().data, dtype, s.batch, s.tokens, s.in, s.out, s.tasks, s.rank});
+        cpu::routed_lora({x.view().data, weights.data(), dtype, s.batch, s.tokens, s.in, s.tasks, &linear, 1});
     CHECK(status.ok(), context + status.message);
     CHECK(output.guards_intact(), context);
     if (threads == 1) first = output;
@@ -57,28 +58,93 @@ void compare(const Shape& s, DType dtype, const std::string& set) {
   }
 }
 
+// Several linears together against each alone, with and without something to add to, in place too: the same bits.
+void several(DType dtype, const std::string& set) {
+  const std::string context = set + " " + name_of(dtype) + " several";
+  const std::int64_t batch = 2, tokens = 21, in = 70, tasks = 3, count = 5;
+  const std::int64_t outs[] = {200, 0, 7, 49, 330}, ranks[] = {8, 3, 1, 30, 90};
+  Random random(5);
+  GuardedMatrix x(batch * tokens, in, dtype, 0);
+  x.fill_normal(random);
+  std::vector<float> weights(batch * tasks), scaling(tasks);
+  for (auto& w : weights) w = static_cast<float>(random.normal());
+  for (auto& w : scaling) w = static_cast<float>(random.normal());
+  std::vector<GuardedMatrix> a, b, onto, alone, together;
+  std::vector<RoutedLoraLinear> linears;
+  for (std::int64_t l = 0; l < count; ++l) {
+    a.emplace_back(tasks * ranks[l], in, dtype, 0);
+    b.emplace_back(tasks * outs[l], ranks[l], dtype, 0);
+    onto.emplace_back(batch * tokens, outs[l], dtype, 0);
+    for (GuardedMatrix* m : {&a.back(), &b.back(), &onto.back()}) m->fill_normal(random);
+    alone.push_back(onto.back());
+    together.push_back(onto.back());
+  }
+  // Not at all, from another place, in place.
+  for (std::int64_t l = 0; l < count; ++l) {
+    const auto linear_to = [&](GuardedMatrix& output, const void* from) {
+      return RoutedLoraLinear{a[l].view().data,           b[l].view().data, scaling.data(), from,
+                              output.mutable_view().data, outs[l],          ranks[l]};
+    };
+    GuardedMatrix plain = onto[l];
+    const auto run = [&](const RoutedLoraLinear& one) {
+      const Status status = cpu::routed_lora({x.view().data, weights.data(), dtype, batch, tokens, in, tasks, &one, 1});
+      CHECK(status.ok(), context + status.message);
+    };
+    run(linear_to(plain, nullptr));
+    run(linear_to(alone[l], l == 0 ? nullptr : onto[l].view().data));
+    for (std::int64_t t = 0; t < batch * tokens && l != 0; ++t) {
+      for (std::int64_t j = 0; j < outs[l]; ++j) {
+        CHECK(alone[l].at(t, j) == round_to(plain.at(t, j) + onto[l].at(t, j), dtype), context + " sum");
+      }
+    }
+    linears.push_back(linear_to(together[l], l == 0   ? nullptr
+                                             : l == 4 ? together[l].view().data
+                                                      : onto[l].view().data));
+  }
+  for (const std::int32_t threads : {1, 3}) {
+    cpu::set_thread_count(threads);
+    for (std::int64_t t = 0; t < batch * tokens; ++t) {
+      for (std::int64_t j = 0; j < outs[4]; ++j) together[4].set_bits(t, j, onto[4].bits(t, j));
+    }
+    const Status status =
+        cpu::routed_lora({x.view().data, weights.data(), dtype, batch, tokens, in, tasks, linears.data(), count});
+    CHECK(status.ok(), context + status.message);
+    for (std::int64_t l = 0; l < count; ++l) {
+      CHECK(together[l].guards_intact(), context);
+      CHECK(together[l] == alone[l], context + " " + std::to_string(l));
+    }
+  }
+}
+
 void invalid() {
   float v[4] = {1, 1, 1, 1};
-  const RoutedLoraArguments good = {v, v, v, v, v, v, DType::float32, 1, 1, 1, 1, 1, 1};
+  const RoutedLoraLinear good_linear = {v, v, v, nullptr, v, 1, 1};
+  const RoutedLoraArguments good = {v, v, DType::float32, 1, 1, 1, 1, nullptr, 2};
   const auto with = [&](auto change) {
+    RoutedLoraLinear linears[] = {good_linear, good_linear};
     RoutedLoraArguments arguments = good;
-    change(arguments);
+    arguments.linears = linears;
+    change(arguments, linears[1]);
     return cpu::routed_lora(arguments);
   };
-  CHECK(refused(with([](auto& g) { g.batch = -1; }), "batch"), "");
-  CHECK(refused(with([](auto& g) { g.tokens = -1; }), "tokens"), "");
-  CHECK(refused(with([](auto& g) { g.in = -1; }), "in"), "");
-  CHECK(refused(with([](auto& g) { g.out = -1; }), "out"), "");
-  CHECK(refused(with([](auto& g) { g.tasks = -1; }), "tasks"), "");
-  CHECK(refused(with([](auto& g) { g.rank = 0; }), "rank"), "");
-  CHECK(refused(with([](auto& g) { g.dtype = static_cast<DType>(7); }), "dtype"), "");
-  CHECK(refused(with([](auto& g) { g.x = nullptr; }), "x"), "");
-  CHECK(refused(with([](auto& g) { g.a = nullptr; }), "a"), "");
-  CHECK(refused(with([](auto& g) { g.b = nullptr; }), "b"), "");
-  CHECK(refused(with([](auto& g) { g.weights = nullptr; }), "weights"), "");
-  CHECK(refused(with([](auto& g) { g.scaling = nullptr; }), "scaling"), "");
-  CHECK(refused(with([](auto& g) { g.output = nullptr; }), "output"), "");
-  CHECK(with([](auto& g) { g.tokens = 0, g.x = nullptr, g.output = nullptr; }).ok(), "no tokens");
+  CHECK(with([](auto&, auto&) {}).ok(), "");
+  CHECK(refused(with([](auto& g, auto&) { g.batch = -1; }), "batch"), "");
+  CHECK(refused(with([](auto& g, auto&) { g.tokens = -1; }), "tokens"), "");
+  CHECK(refused(with([](auto& g, auto&) { g.in = -1; }), "in"), "");
+  CHECK(refused(with([](auto& g, auto&) { g.tasks = -1; }), "tasks"), "");
+  CHECK(refused(with([](auto& g, auto&) { g.count = -1; }), "count"), "");
+  CHECK(refused(with([](auto& g, auto&) { g.linears = nullptr; }), "linears"), "");
+  CHECK(refused(with([](auto& g, auto&) { g.dtype = static_cast<DType>(7); }), "dtype"), "");
+  CHECK(refused(with([](auto& g, auto&) { g.x = nullptr; }), "x"), "");
+  CHECK(refused(with([](auto& g, auto&) { g.weights = nullptr; }), "weights"), "");
+  CHECK(refused(with([](auto&, auto& l) { l.out = -1; }), "out"), "");
+  CHECK(refused(with([](auto&, auto& l) { l.rank = 0; }), "rank"), "");
+  CHECK(refused(with([](auto&, auto& l) { l.a = nullptr; }), "a"), "");
+  CHECK(refused(with([](auto&, auto& l) { l.b = nullptr; }), "b"), "");
+  CHECK(refused(with([](auto&, auto& l) { l.scaling = nullptr; }), "scaling"), "");
+  CHECK(refused(with([](auto&, auto& l) { l.output = nullptr; }), "output"), "");
+  CHECK(with([](auto& g, auto& l) { g.tokens = 0, g.x = nullptr, l.output = nullptr; }).ok(), "no tokens");
+  CHECK(with([](auto& g, auto&) { g.linears = nullptr, g.count = 0; }).ok(), "no linears");
 }
 
 }  // namespace
@@ -91,6 +157,7 @@ int main() {
                               {2, 3, 7, 9, 0, 4},     {2, 3, 0, 9, 2, 4},      {1, 2, 3, 0, 2, 2},
                               {0, 2, 3, 4, 2, 2},     {1, 40, 200, 100, 9, 7}, {1, 3, 20, 50, 2, 70}};
       for (const Shape& shape : shapes) compare(shape, dtype, set);
+      several(dtype, set);
     }
   });
   invalid();
