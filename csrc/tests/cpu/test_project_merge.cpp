@@ -79,6 +79,59 @@ void large(DType dtype, const std::string& set) {
   CHECK(same, set + " in place as apart");
 }
 
+// Layers of all kinds in one list, in place or not: each gets the bits it gets alone.
+void list(const std::string& set) {
+  const std::int64_t shapes[][2] = {{3, 7}, {0, 5}, {130, 2051}, {5, 0}, {65, 17}, {1, 1}};
+  std::vector<GuardedMatrix> before, after, apart, expected;
+  std::vector<std::vector<std::uint8_t>> masks;
+  std::vector<float> coefficients;
+  Random random(3);
+  for (int i = 0; i < 40; ++i) {
+    const auto [rows, columns] = shapes[i % 6];
+    const DType dtype = kDTypes[i / 2 % 3];
+    before.emplace_back(rows, columns, dtype, i % 4), after.emplace_back(rows, columns, dtype, 3, i % 5);
+    apart.emplace_back(rows, columns, dtype, 2, 1), expected.emplace_back(rows, columns, dtype, 0);
+    before.back().fill_normal(random);
+    after.back().fill_normal(random);
+    masks.emplace_back(std::max(rows, columns));
+    for (auto& keep : masks.back()) keep = random.chance(0.4) ? 255 : 0;
+    coefficients.push_back(static_cast<float>(random.normal()));
+  }
+  const auto axis_of = [](int i) { return i % 5 < 2 ? MaskAxis::output : MaskAxis::input; };
+  const auto out_of = [&](int i) -> GuardedMatrix& {
+    return i % 3 == 0 ? before[i] : i % 3 == 1 ? after[i] : apart[i];
+  };
+  for (int i = 0; i < 40; ++i) {
+    CHECK(cpu::project_merge(before[i].view(), after[i].view(), masks[i].data(), axis_of(i), &coefficients[i],
+                             expected[i].mutable_view())
+              .ok(),
+          set);
+  }
+  std::vector<ProjectMergeItem> items;
+  for (int i = 0; i < 40; ++i) {
+    items.push_back(
+        {before[i].view(), after[i].view(), masks[i].data(), axis_of(i), &coefficients[i], out_of(i).mutable_view()});
+  }
+  cpu::set_thread_count(2);
+  CHECK(cpu::project_merge_list(items.data(), std::ssize(items)).ok(), set);
+  for (int i = 0; i < 40; ++i) {
+    bool same = true;
+    for (std::int64_t row = 0; row < items[i].out.rows; ++row) {
+      for (std::int64_t j = 0; j < items[i].out.columns; ++j) {
+        same = same && out_of(i).bits(row, j) == expected[i].bits(row, j);
+      }
+    }
+    CHECK(same, set + " list, item " + std::to_string(i));
+    CHECK(before[i].guards_intact() && after[i].guards_intact() && apart[i].guards_intact(), set);
+  }
+  CHECK(cpu::project_merge_list(nullptr, 0).ok(), "empty list");
+  CHECK(refused(cpu::project_merge_list(nullptr, 1), "items"), "no items");
+  items[2].mask = nullptr;
+  const GuardedMatrix untouched = before[0];
+  CHECK(refused(cpu::project_merge_list(items.data(), 3), "mask"), "third item");
+  CHECK(before[0] == untouched, "nothing is written before all items are checked");
+}
+
 void invalid() {
   float data[4] = {}, other[4] = {}, coefficient = 1;
   const std::uint8_t mask[2] = {};
@@ -117,6 +170,7 @@ int main() {
       }
       large(dtype, set);
     }
+    list(set);
   });
   invalid();
   return report("project_merge");
