@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "check.h"
 #include "data.h"
 #include "hpa/project_merge.h"
@@ -132,6 +134,49 @@ void list(const std::string& set) {
   CHECK(before[0] == untouched, "nothing is written before all items are checked");
 }
 
+// More than the 16 MiB that are written through the caches: the same bits, in place or not, wherever lines begin.
+void streamed(DType dtype, const std::string& set) {
+  const std::int64_t columns = 4099, element = static_cast<std::int64_t>(size_of(dtype));
+  const std::int64_t rows = ((std::int64_t{17} << 20) / element + columns - 1) / columns;
+  const std::int64_t count = rows * columns, guard = 64;
+  std::vector<std::uint8_t> before(count * element), after(count * element), expected(count * element), mask(columns);
+  std::uint32_t state = 1;
+  const auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 16; };
+  for (auto* bytes : {&before, &after}) {
+    for (std::uint8_t& byte : *bytes) byte = static_cast<std::uint8_t>(next());  // numbers of all kinds, NaN too
+  }
+  for (auto& keep : mask) keep = next() % 3 == 0;
+  const float coefficient = 0.37f;
+  const auto merge = [&](const void* w_old, const void* w_new, void* out, std::int64_t first, std::int64_t last) {
+    const auto at = [&](const void* data) {
+      return static_cast<const std::uint8_t*>(data) + first * columns * element;
+    };
+    return cpu::project_merge({at(w_old), dtype, last - first, columns, columns},
+                              {at(w_new), dtype, last - first, columns, columns}, mask.data(), MaskAxis::input,
+                              &coefficient,
+                              {const_cast<std::uint8_t*>(at(out)), dtype, last - first, columns, columns});
+  };
+  // Row by row nothing is streamed.
+  for (std::int64_t row = 0; row < rows; row += 100) {
+    CHECK(merge(before.data(), after.data(), expected.data(), row, std::min(rows, row + 100)).ok(), set);
+  }
+  std::vector<std::uint8_t> memory(count * element + 64 + 2 * guard);
+  for (const std::int64_t offset : {std::int64_t{0}, element, 7 * element}) {
+    std::fill(memory.begin(), memory.end(), std::uint8_t{0xa5});
+    std::uint8_t* out = memory.data() + guard;
+    out += 64 - reinterpret_cast<std::uintptr_t>(out) % 64 + offset - (offset > 0 ? 64 : 0);
+    CHECK(merge(before.data(), after.data(), out, 0, rows).ok(), set);
+    const std::string context = set + " " + name_of(dtype) + " streamed " + std::to_string(offset);
+    CHECK(std::memcmp(out, expected.data(), expected.size()) == 0, context);
+    const auto sentinel = [](std::uint8_t byte) { return byte == 0xa5; };
+    CHECK(std::all_of(memory.data(), out, sentinel), context + " guard before");
+    CHECK(std::all_of(out + expected.size(), memory.data() + memory.size(), sentinel), context + " guard behind");
+  }
+  std::vector<std::uint8_t> in_place = after;
+  CHECK(merge(before.data(), in_place.data(), in_place.data(), 0, rows).ok(), set);
+  CHECK(in_place == expected, set + " " + name_of(dtype) + " streamed in place");
+}
+
 void invalid() {
   float data[4] = {}, other[4] = {}, coefficient = 1;
   const std::uint8_t mask[2] = {};
@@ -169,6 +214,7 @@ int main() {
         }
       }
       large(dtype, set);
+      streamed(dtype, set);
     }
     list(set);
   });
