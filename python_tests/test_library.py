@@ -91,10 +91,11 @@ OPERATORS = (
     "project_merge_list_out",
     "routed_lora",
 )
+_OF_SCORES = ("inverse_diagonal", "column_mask", "column_mask_list")
 CASES = [
     (operation, dtype)
     for operation in OPERATORS
-    for dtype in ((torch.float32, torch.float64) if operation in ("inverse_diagonal", "column_mask", "column_mask_list") else DTYPES_64)
+    for dtype in ((torch.float32, torch.float64) if operation in _OF_SCORES else DTYPES_64)
 ]
 
 

@@ -20,8 +20,8 @@ from hpa_ext.ops._backend import (
     use_torch_threads,
     workspace,
 )
-from hpa_ext.ops._lists import as_list, check_weight_lists
 from hpa_ext.ops._library import register
+from hpa_ext.ops._lists import as_list, check_weight_lists
 
 
 def column_scores_list(w_old: Sequence[Tensor], w_new: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -89,6 +89,4 @@ def _fake(w_old: list[Tensor], w_new: list[Tensor]) -> tuple[list[Tensor], Tenso
     )
 
 
-register(
-    "column_scores_list(Tensor[] w_old, Tensor[] w_new) -> (Tensor[], Tensor, Tensor)", _column_scores_list, _fake
-)
+register("column_scores_list(Tensor[] w_old, Tensor[] w_new) -> (Tensor[], Tensor, Tensor)", _column_scores_list, _fake)
