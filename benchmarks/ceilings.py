@@ -13,11 +13,12 @@ _TOO_SLOW_MS = 100.0  # a CPU without fast bfloat16 is not given a larger produc
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best rates of torch's own copy, sum and matrix product.
+    """The best rates of torch's own copy, sum, inner product and matrix product.
 
     Attributes:
         copy_gb_s: bytes read plus bytes written, per second, of copying a large buffer.
-        read_gb_s: bytes per second of summing a large float32 buffer.
+        read_gb_s: bytes per second of summing a large float32 buffer, or of the inner product of two, whichever is
+            faster: the second reads two streams, as a pair of weights is read.
         float32_tflop_s: of a square float32 product (TF32 off).
         bfloat16_tflop_s: of a square bfloat16 product.
     """
@@ -38,8 +39,10 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
     """Measure them all; a few seconds on a CPU. `quick` takes small sizes, whose rates mean nothing."""
     copy, copied = copy_probe(device, quick=quick)
     copy_ms = fastest_ms(copy, device)
-    values = torch.rand(_buffer_bytes(device, quick) // 4, device=device)
-    read_ms = fastest_ms(lambda index: values.sum(), device)
+    values, others = (torch.rand(_buffer_bytes(device, quick) // 4, device=device) for _ in range(2))
+    sum_ms = fastest_ms(lambda index: values.sum(), device)
+    product_ms = fastest_ms(lambda index: torch.dot(values, others), device)
+    read_ms = min(sum_ms, product_ms / 2)
     return Ceilings(
         copy_gb_s=copied / copy_ms / 1e6,
         read_gb_s=values.numel() * 4 / read_ms / 1e6,

@@ -117,14 +117,11 @@ OPERATORS = (
     "routed_lora_backward",
     "routed_lora_list",
 )
+_OF_SCORES = ("inverse_diagonal", "column_mask", "column_mask_list")
 CASES = [
     (operation, dtype)
     for operation in OPERATORS
-    for dtype in (
-        (torch.float32, torch.float64)
-        if operation in ("inverse_diagonal", "column_mask", "column_mask_list")
-        else DTYPES_64
-    )
+    for dtype in ((torch.float32, torch.float64) if operation in _OF_SCORES else DTYPES_64)
 ]
 
 

@@ -41,13 +41,13 @@ struct Parts {
   double* scalars;  // [strips, blocks, 2]
 };
 
-void sum_strip(const ColumnScoresItem& item, const Parts& parts, std::int64_t task) {
+void sum_strip(const ColumnScoresItem& item, const Parts& parts, std::int64_t task, float* running) {
   const Cut cut(item);
   const std::int64_t strip = task / cut.blocks, block = task % cut.blocks;
   const std::int64_t row = strip * kStripRows, column = block * kScoreColumns;
   kernels().column_scores[static_cast<int>(item.w_old.dtype)](
       at(item.w_old, row, column), item.w_old.row_stride, at(item.w_new, row, column), item.w_new.row_stride,
-      std::min(kStripRows, cut.rows - row), std::min(kScoreColumns, cut.columns - column),
+      std::min(kStripRows, cut.rows - row), std::min(kScoreColumns, cut.columns - column), running,
       parts.squares + strip * cut.columns + column, parts.scalars + task * 2);
 }
 
@@ -78,7 +78,9 @@ Status score_batch(const ColumnScoresItem* items, std::int64_t count, Parts* par
   for (std::int64_t i = 0; i < count; ++i) squares += Cut(items[i]).squares(), scalars += Cut(items[i]).scalars();
   Buffer<float> all_squares(squares);
   Buffer<double> all_scalars(scalars);
-  if (!sums || !additions || !all_squares || !all_scalars) return kOutOfMemory;
+  const std::int64_t slots = slot_count();
+  Buffer<float> running(slots * kScoreColumns);
+  if (!sums || !additions || !all_squares || !all_scalars || !running) return kOutOfMemory;
   squares = scalars = 0;
   for (std::int64_t i = 0; i < count; ++i) {
     const Cut cut(items[i]);
@@ -87,9 +89,9 @@ Status score_batch(const ColumnScoresItem* items, std::int64_t count, Parts* par
     sums.add(cut.strips * cut.blocks);
     additions.add(std::max<std::int64_t>(1, ceil_div(cut.columns, kColumnsAtOnce)));
   }
-  parallel_for(sums.tasks(), [&](std::int64_t number) {
+  parallel_for(sums.tasks(), slots, [&](std::int64_t number, std::int64_t slot) {
     const auto [item, task] = sums.find(number);
-    sum_strip(items[item], parts[item], task);
+    sum_strip(items[item], parts[item], task, running.data() + slot * kScoreColumns);
   });
   parallel_for(additions.tasks(), [&](std::int64_t number) {
     const auto [item, task] = additions.find(number);

@@ -38,7 +38,7 @@ struct Scores {
 };
 
 template <int kItems>
-__global__ void __launch_bounds__(kThreads) select_highest(const __grid_constant__ ItemTable<Scores, kItems> table) {
+__global__ void __launch_bounds__(kThreads) select_highest(HPA_GRID_CONSTANT(ItemTable<Scores, kItems>) table) {
   HPA_SHARED(histogram, unsigned[kDigits]);
   HPA_SHARED(selection, Selection);
   HPA_SHARED(tie_counts, unsigned[2][kWarps]);

@@ -100,7 +100,7 @@ __device__ __forceinline__ void sum_rows(const Layer& layer, std::int64_t strip,
 }
 
 template <int kItems>
-__global__ void __launch_bounds__(kThreads, 4) sum_strips(const __grid_constant__ ItemTable<Layer, kItems> table) {
+__global__ void __launch_bounds__(kThreads, 4) sum_strips(HPA_GRID_CONSTANT(ItemTable<Layer, kItems>) table) {
   HPA_SHARED(lane_sums, float[kRowLanes][8][kWarp + 1]);
   HPA_SHARED(inner_scratch, float[kRowLanes]);
   HPA_SHARED(norm_scratch, float[kRowLanes]);
@@ -141,7 +141,7 @@ __host__ __device__ inline std::int64_t finish_blocks(const Layer& layer) {
 
 // Of each layer, blocks of 32 columns, and one block more for the two scalars.
 template <int kItems>
-__global__ void __launch_bounds__(kThreads) add_strips(const __grid_constant__ ItemTable<Layer, kItems> table) {
+__global__ void __launch_bounds__(kThreads) add_strips(HPA_GRID_CONSTANT(ItemTable<Layer, kItems>) table) {
   HPA_SHARED(lane_totals, double[kRowLanes][kFinishColumns]);
   HPA_SHARED(inner_scratch, double[kRowLanes]);
   HPA_SHARED(norm_scratch, double[kRowLanes]);

@@ -20,6 +20,13 @@ constexpr int kManyItems = 256;
 constexpr std::size_t kParameterBytes = 32764;
 #endif
 
+// A parameter that the threads share; the emulator's must not copy it for each of them.
+#ifdef HPA_CUDA_EMULATION
+#define HPA_GRID_CONSTANT(...) const __VA_ARGS__&
+#else
+#define HPA_GRID_CONSTANT(...) const __grid_constant__ __VA_ARGS__
+#endif
+
 template <class Item, int kItems>
 struct ItemTable {
   int count;

@@ -99,7 +99,7 @@ __device__ __forceinline__ void merge(const Layer& layer, std::int64_t column, i
 }
 
 template <int kItems>
-__global__ void __launch_bounds__(kThreads, 4) merge_layers(const __grid_constant__ ItemTable<Layer, kItems> table) {
+__global__ void __launch_bounds__(kThreads, 4) merge_layers(HPA_GRID_CONSTANT(ItemTable<Layer, kItems>) table) {
   const int index = item_of(table, blockIdx.x);
   const Layer& layer = table.items[index];
   const unsigned block = blockIdx.x - table.first_block[index];

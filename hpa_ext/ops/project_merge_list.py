@@ -46,8 +46,8 @@ def project_merge_list(
             ``[out_l]``, on the rows.
         coefficients: ``[layers]`` on the device of the weights.
         outs: for each layer where to write, like ``w_old[l]`` in shape, dtype and device; may be ``w_old[l]`` or
-            ``w_new[l]`` itself, and must not share memory with what belongs to another layer. A tensor that overlaps its
-            own layer's weights otherwise gives an undefined result. None: new contiguous tensors.
+            ``w_new[l]`` itself, and must not share memory with what belongs to another layer. A tensor that overlaps
+            its own layer's weights otherwise gives an undefined result. None: new contiguous tensors.
         axis: "input" or "output", the dimension of the masks.
 
     Returns:

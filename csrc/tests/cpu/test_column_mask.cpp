@@ -53,6 +53,47 @@ void compare(std::int64_t batch, std::int64_t columns, bool with_eligible) {
   }
 }
 
+// Layers of different widths, with counts in memory and in the item.
+void list() {
+  const std::int64_t columns[] = {7, 0, 4096, 1, 65};
+  Random random(5);
+  std::vector<std::vector<float>> scores;
+  std::vector<std::vector<std::uint8_t>> eligible, masks;
+  std::vector<std::int64_t> counts(50);
+  std::vector<ColumnMaskItem> items;
+  for (int i = 0; i < 50; ++i) {
+    const std::int64_t width = columns[i % 5];
+    scores.emplace_back(width), eligible.emplace_back(width), masks.emplace_back(width + 4, std::uint8_t{9});
+    for (float& score : scores.back()) score = std::round(static_cast<float>(random.normal()) * 4);
+    for (auto& flag : eligible.back()) flag = random.chance(0.7) ? 2 : 0;
+    counts[i] = i % 4 == 0 ? width : i * width / 60;
+  }
+  for (int i = 0; i < 50; ++i) {
+    const ColumnMaskArguments arguments = {scores[i].data(),
+                                           i % 3 == 0 ? eligible[i].data() : nullptr,
+                                           i % 2 == 0 ? &counts[i] : nullptr,
+                                           masks[i].data(),
+                                           1,
+                                           columns[i % 5]};
+    items.push_back({arguments, i % 2 == 0 ? -99 : counts[i]});
+  }
+  for (const std::int32_t threads : {1, 2}) {
+    cpu::set_thread_count(threads);
+    CHECK(cpu::column_mask_list(items.data(), std::ssize(items)).ok(), "list");
+    for (int i = 0; i < 50; ++i) {
+      const auto& [s, e, c, m, batch, width] = items[i].arguments;
+      const auto expected = reference(s, e, counts[i], width);
+      CHECK(std::equal(expected.begin(), expected.end(), m), "list, item " + std::to_string(i));
+      CHECK(std::all_of(m + width, m + width + 4, [](std::uint8_t v) { return v == 9; }), "list guard");
+    }
+  }
+  CHECK(cpu::column_mask_list(nullptr, 0).ok(), "empty list");
+  CHECK(refused(cpu::column_mask_list(nullptr, 2), "items"), "no items");
+  items[4].arguments.mask = nullptr;
+  items[4].arguments.columns = 3;
+  CHECK(refused(cpu::column_mask_list(items.data(), 5), "mask"), "fifth item");
+}
+
 void invalid() {
   float scores[1] = {};
   std::int64_t counts[1] = {1};
@@ -74,6 +115,7 @@ int main() {
       compare(batch, columns, true);
     }
   }
+  list();
   invalid();
   return report("column_mask");
 }

@@ -54,7 +54,51 @@ void compare(std::int64_t rows, std::int64_t columns, DType dtype, const std::st
   CHECK(std::abs(result.norm - norm) <= 2e-6 * norm, context);
 }
 
+// Layers of all kinds in one list, large partial sums among them: each gets the bits it gets alone.
+void list(const std::string& set) {
+  struct Layer {
+    GuardedMatrix before, after;
+    Result result;
+  };
+  const std::int64_t shapes[][2] = {{3, 7}, {0, 5}, {130, 4099}, {5, 0}, {389, 17}, {1, 1}};
+  std::vector<Layer> layers;
+  Random random(3);
+  for (int i = 0; i < 40; ++i) {
+    const auto [rows, columns] = shapes[i % 6];
+    const DType dtype = kDTypes[i / 2 % 3];
+    layers.push_back({GuardedMatrix(rows, columns, dtype, i % 4), GuardedMatrix(rows, columns, dtype, 3, i % 5), {}});
+    layers.back().before.fill_normal(random);
+    layers.back().after.fill_normal(random);
+  }
+  // One row of partial sums fills the scratch memory of 32 MiB by itself, so that several batches follow.
+  layers.push_back(
+      {GuardedMatrix(1, (9 << 20) + 3, DType::bfloat16, 0), GuardedMatrix(1, (9 << 20) + 3, DType::bfloat16, 0), {}});
+  layers.push_back({GuardedMatrix(9, 100, DType::float32, 0), GuardedMatrix(9, 100, DType::float32, 0), {}});
+  for (const std::int32_t threads : {1, 3}) {
+    cpu::set_thread_count(threads);
+    std::vector<ColumnScoresItem> items;
+    for (Layer& layer : layers) {
+      layer.result.squared.assign(layer.before.view().columns + 8, -7.0f);
+      items.push_back({layer.before.view(),
+                       layer.after.view(),
+                       {layer.result.squared.data(), &layer.result.inner, &layer.result.norm}});
+    }
+    CHECK(cpu::column_scores_list(items.data(), std::ssize(items)).ok(), set);
+    for (Layer& layer : layers) CHECK(layer.result == run(layer.before, layer.after, set), set + " list as alone");
+  }
+}
+
 void invalid() {
+  CHECK(cpu::column_scores_list(nullptr, 0).ok(), "empty list");
+  CHECK(refused(cpu::column_scores_list(nullptr, 1), "items"), "no items");
+  CHECK(refused(cpu::column_scores_list(nullptr, -1), "count"), "negative count");
+  {
+    float value = 1, squared = 5, inner = 5, norm = 5;
+    const ConstMatrix one = {&value, DType::float32, 1, 1, 1};
+    const ColumnScoresItem items[] = {{one, one, {&squared, &inner, &norm}}, {one, one, {&squared, nullptr, &norm}}};
+    CHECK(refused(cpu::column_scores_list(items, 2), "inner_product"), "second item");
+    CHECK(squared == 5 && inner == 5 && norm == 5, "nothing is written before all items are checked");
+  }
   float data[4] = {}, squared[2], inner = 1, norm = 1;
   const ConstMatrix good = {data, DType::float32, 2, 2, 2};
   const ColumnScores out = {squared, &inner, &norm};
@@ -81,6 +125,7 @@ int main() {
       }
       compare(260, 4099, dtype, set);  // two blocks of columns
     }
+    list(set);
   });
   invalid();
   return report("column_scores");

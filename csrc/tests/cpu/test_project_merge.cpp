@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "check.h"
 #include "data.h"
 #include "hpa/project_merge.h"
@@ -79,6 +81,102 @@ void large(DType dtype, const std::string& set) {
   CHECK(same, set + " in place as apart");
 }
 
+// Layers of all kinds in one list, in place or not: each gets the bits it gets alone.
+void list(const std::string& set) {
+  const std::int64_t shapes[][2] = {{3, 7}, {0, 5}, {130, 2051}, {5, 0}, {65, 17}, {1, 1}};
+  std::vector<GuardedMatrix> before, after, apart, expected;
+  std::vector<std::vector<std::uint8_t>> masks;
+  std::vector<float> coefficients;
+  Random random(3);
+  for (int i = 0; i < 40; ++i) {
+    const auto [rows, columns] = shapes[i % 6];
+    const DType dtype = kDTypes[i / 2 % 3];
+    before.emplace_back(rows, columns, dtype, i % 4), after.emplace_back(rows, columns, dtype, 3, i % 5);
+    apart.emplace_back(rows, columns, dtype, 2, 1), expected.emplace_back(rows, columns, dtype, 0);
+    before.back().fill_normal(random);
+    after.back().fill_normal(random);
+    masks.emplace_back(std::max(rows, columns));
+    for (auto& keep : masks.back()) keep = random.chance(0.4) ? 255 : 0;
+    coefficients.push_back(static_cast<float>(random.normal()));
+  }
+  const auto axis_of = [](int i) { return i % 5 < 2 ? MaskAxis::output : MaskAxis::input; };
+  const auto out_of = [&](int i) -> GuardedMatrix& {
+    return i % 3 == 0 ? before[i] : i % 3 == 1 ? after[i] : apart[i];
+  };
+  for (int i = 0; i < 40; ++i) {
+    CHECK(cpu::project_merge(before[i].view(), after[i].view(), masks[i].data(), axis_of(i), &coefficients[i],
+                             expected[i].mutable_view())
+              .ok(),
+          set);
+  }
+  std::vector<ProjectMergeItem> items;
+  for (int i = 0; i < 40; ++i) {
+    items.push_back(
+        {before[i].view(), after[i].view(), masks[i].data(), axis_of(i), &coefficients[i], out_of(i).mutable_view()});
+  }
+  cpu::set_thread_count(2);
+  CHECK(cpu::project_merge_list(items.data(), std::ssize(items)).ok(), set);
+  for (int i = 0; i < 40; ++i) {
+    bool same = true;
+    for (std::int64_t row = 0; row < items[i].out.rows; ++row) {
+      for (std::int64_t j = 0; j < items[i].out.columns; ++j) {
+        same = same && out_of(i).bits(row, j) == expected[i].bits(row, j);
+      }
+    }
+    CHECK(same, set + " list, item " + std::to_string(i));
+    CHECK(before[i].guards_intact() && after[i].guards_intact() && apart[i].guards_intact(), set);
+  }
+  CHECK(cpu::project_merge_list(nullptr, 0).ok(), "empty list");
+  CHECK(refused(cpu::project_merge_list(nullptr, 1), "items"), "no items");
+  items[2].mask = nullptr;
+  const GuardedMatrix untouched = before[0];
+  CHECK(refused(cpu::project_merge_list(items.data(), 3), "mask"), "third item");
+  CHECK(before[0] == untouched, "nothing is written before all items are checked");
+}
+
+// More than the 16 MiB that are written through the caches: the same bits, in place or not, wherever lines begin.
+void streamed(DType dtype, const std::string& set) {
+  const std::int64_t columns = 4099, element = static_cast<std::int64_t>(size_of(dtype));
+  const std::int64_t rows = ((std::int64_t{17} << 20) / element + columns - 1) / columns;
+  const std::int64_t count = rows * columns, guard = 64;
+  std::vector<std::uint8_t> before(count * element), after(count * element), expected(count * element), mask(columns);
+  std::uint32_t state = 1;
+  const auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 16; };
+  for (auto* bytes : {&before, &after}) {
+    for (std::uint8_t& byte : *bytes) byte = static_cast<std::uint8_t>(next());  // numbers of all kinds, NaN too
+  }
+  for (auto& keep : mask) keep = next() % 3 == 0;
+  const float coefficient = 0.37f;
+  const auto merge = [&](const void* w_old, const void* w_new, void* out, std::int64_t first, std::int64_t last) {
+    const auto at = [&](const void* data) {
+      return static_cast<const std::uint8_t*>(data) + first * columns * element;
+    };
+    return cpu::project_merge({at(w_old), dtype, last - first, columns, columns},
+                              {at(w_new), dtype, last - first, columns, columns}, mask.data(), MaskAxis::input,
+                              &coefficient,
+                              {const_cast<std::uint8_t*>(at(out)), dtype, last - first, columns, columns});
+  };
+  // Row by row nothing is streamed.
+  for (std::int64_t row = 0; row < rows; row += 100) {
+    CHECK(merge(before.data(), after.data(), expected.data(), row, std::min(rows, row + 100)).ok(), set);
+  }
+  std::vector<std::uint8_t> memory(count * element + 64 + 2 * guard);
+  for (const std::int64_t offset : {std::int64_t{0}, element, 7 * element}) {
+    std::fill(memory.begin(), memory.end(), std::uint8_t{0xa5});
+    std::uint8_t* out = memory.data() + guard;
+    out += 64 - reinterpret_cast<std::uintptr_t>(out) % 64 + offset - (offset > 0 ? 64 : 0);
+    CHECK(merge(before.data(), after.data(), out, 0, rows).ok(), set);
+    const std::string context = set + " " + name_of(dtype) + " streamed " + std::to_string(offset);
+    CHECK(std::memcmp(out, expected.data(), expected.size()) == 0, context);
+    const auto sentinel = [](std::uint8_t byte) { return byte == 0xa5; };
+    CHECK(std::all_of(memory.data(), out, sentinel), context + " guard before");
+    CHECK(std::all_of(out + expected.size(), memory.data() + memory.size(), sentinel), context + " guard behind");
+  }
+  std::vector<std::uint8_t> in_place = after;
+  CHECK(merge(before.data(), in_place.data(), in_place.data(), 0, rows).ok(), set);
+  CHECK(in_place == expected, set + " " + name_of(dtype) + " streamed in place");
+}
+
 void invalid() {
   float data[4] = {}, other[4] = {}, coefficient = 1;
   const std::uint8_t mask[2] = {};
@@ -116,7 +214,9 @@ int main() {
         }
       }
       large(dtype, set);
+      streamed(dtype, set);
     }
+    list(set);
   });
   invalid();
   return report("project_merge");

@@ -61,9 +61,56 @@ void one(std::int64_t batch, std::int64_t columns, int kinds, bool with_eligible
       3);
 }
 
+// `count` layers of different widths: what each gets alone, in so many launches. Counts in memory and in the item.
+void list(int count, int launches) {
+  const std::int64_t widths[] = {7, 0, 600, 1, 65};
+  std::vector<std::vector<float>> scores;
+  std::vector<std::vector<std::uint8_t>> eligible;
+  std::vector<Guarded> masks;
+  masks.reserve(static_cast<std::size_t>(count));
+  std::vector<std::int64_t> counts;
+  for (int i = 0; i < count; ++i) {
+    const std::int64_t width = widths[i % 5];
+    scores.emplace_back(width), eligible.emplace_back(width), masks.emplace_back(static_cast<std::size_t>(width));
+    for (float& s : scores.back()) s = static_cast<float>(below(5));
+    for (auto& e : eligible.back()) e = static_cast<std::uint8_t>(below(3));
+    counts.push_back(i % 6 == 0 ? width + 3 : below(width + 1));
+  }
+  std::vector<hpa::ColumnMaskItem> items;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    items.push_back({{scores[i].data(), i % 3 == 0 ? eligible[i].data() : nullptr, i % 2 == 0 ? &counts[i] : nullptr,
+                      masks[i].as<std::uint8_t>(), 1, widths[i % 5]},
+                     i % 2 == 0 ? 77 : counts[i]});
+  }
+  const std::int64_t length = static_cast<std::int64_t>(items.size());
+  hpa_emulation::settings() = {};
+  CHECK(hpa::cuda::column_mask_list(items.data(), length, nullptr).ok(), "list");
+  CHECK(hpa_emulation::settings().launches == launches, "%d launches", hpa_emulation::settings().launches);
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    hpa::ColumnMaskArguments alone = items[i].arguments;
+    std::vector<std::uint8_t> mask(static_cast<std::size_t>(alone.columns) + 1);
+    alone.counts = &counts[i];
+    alone.mask = mask.data();
+    CHECK(hpa::cuda::column_mask(alone, nullptr).ok(), "alone");
+    CHECK(masks[i].intact(), "guards of item %zu", i);
+    CHECK(std::equal(mask.begin(), mask.end() - 1, masks[i].as<std::uint8_t>()), "item %zu as alone", i);
+    const std::int64_t candidates =
+        alone.eligible == nullptr
+            ? alone.columns
+            : std::count_if(alone.eligible, alone.eligible + alone.columns, [](auto e) { return e != 0; });
+    const std::int64_t chosen = std::count(mask.begin(), mask.end() - 1, std::uint8_t{1});
+    CHECK(chosen == std::min(counts[i], candidates), "item %zu chose %ld", i, chosen);
+  }
+}
+
 }  // namespace
 
 int main() {
+  list(5, 1);
+  list(40, 1);
+  list(300, 2);
+  CHECK(hpa::cuda::column_mask_list(nullptr, 0, nullptr).ok(), "empty list");
+  expect_invalid("no items", hpa::cuda::column_mask_list(nullptr, 1, nullptr));
   for (bool with_eligible : {false, true}) {
     for (int kinds = 0; kinds < 5; ++kinds) {
       one(7, 1, kinds, with_eligible);

@@ -42,6 +42,59 @@ void one(DType dtype, std::int64_t rows, std::int64_t columns, std::int64_t gap,
       3);
 }
 
+// `count` layers of all kinds in one list: the bits that each gets alone, in so many launches.
+void list(int count, int launches) {
+  const std::int64_t shapes[][2] = {{3, 7}, {0, 5}, {70, 264}, {5, 0}, {33, 17}, {1, 1}, {40, 8}};
+  struct Layer {
+    GuardedMatrix w_old, w_new;
+    Guarded squares, scalars;
+  };
+  std::vector<Layer> layers;
+  layers.reserve(static_cast<std::size_t>(count));
+  std::vector<hpa::ColumnScoresItem> items;
+  for (int i = 0; i < count; ++i) {
+    const auto [rows, columns] = shapes[i % 7];
+    const DType dtype = kDTypes[i / 2 % 3];
+    const std::int64_t gap = i % 4 == 0 ? 3 : 8 - columns % 8;  // every fourth layer cannot be read 16 bytes at a time
+    layers.push_back({GuardedMatrix(dtype, rows, columns, columns + gap),
+                      GuardedMatrix(dtype, rows, columns, columns + 8 - columns % 8),
+                      Guarded(static_cast<std::size_t>(columns) * 4), Guarded(8)});
+    Layer& layer = layers.back();
+    layer.w_old.fill_normal();
+    layer.w_new.fill_normal();
+    items.push_back({layer.w_old.view(),
+                     layer.w_new.view(),
+                     {layer.squares.as<float>(), layer.scalars.as<float>(), layer.scalars.as<float>() + 1}});
+  }
+  const std::int64_t length = static_cast<std::int64_t>(items.size());
+  in_every_order(
+      "column_scores_list",
+      [&](Bytes& bytes) {
+        Guarded workspace(hpa::cuda::column_scores_list_workspace_bytes(items.data(), length));
+        const Status status = hpa::cuda::column_scores_list(items.data(), length, workspace.as(), nullptr);
+        CHECK(status.ok(), "%s", status.message);
+        CHECK(hpa_emulation::settings().launches == launches, "%d launches", hpa_emulation::settings().launches);
+        CHECK(workspace.intact(), "workspace");
+        for (const hpa::ColumnScoresItem& item : items) {
+          append(bytes, item.result.squared_update, static_cast<std::size_t>(item.w_old.columns) * 4);
+          append(bytes, item.result.inner_product, 4);
+          append(bytes, item.result.old_squared_norm, 4);
+        }
+      },
+      3);
+  for (Layer& layer : layers) {
+    const std::size_t columns = static_cast<std::size_t>(layer.w_old.columns());
+    CHECK(layer.squares.intact() && layer.scalars.intact(), "guards of a layer");
+    std::vector<float> squares(columns + 1), scalars(2);
+    Guarded workspace(hpa::cuda::column_scores_workspace_bytes(layer.w_old.rows(), layer.w_old.columns()));
+    const hpa::ColumnScores alone{squares.data(), &scalars[0], &scalars[1]};
+    CHECK(hpa::cuda::column_scores(layer.w_old.view(), layer.w_new.view(), alone, workspace.as(), nullptr).ok(),
+          "alone");
+    CHECK(std::memcmp(squares.data(), layer.squares.as(), columns * 4) == 0, "squares of a layer as alone");
+    CHECK(std::memcmp(scalars.data(), layer.scalars.as(), 8) == 0, "scalars of a layer as alone");
+  }
+}
+
 void far_rows() {
   FarRows w_old(DType::float16, 3, 24), w_new(DType::float16, 3, 24);
   if (!w_old.exists() || !w_new.exists()) return;
@@ -63,6 +116,12 @@ void far_rows() {
 
 int main() {
   far_rows();
+  list(7, 2);    // the small table
+  list(40, 2);   // the large one
+  list(300, 4);  // more than it holds
+  CHECK(hpa::cuda::column_scores_list(nullptr, 0, nullptr, nullptr).ok(), "empty list");
+  expect_invalid("no items", hpa::cuda::column_scores_list(nullptr, 1, nullptr, nullptr));
+  expect_invalid("a negative count", hpa::cuda::column_scores_list(nullptr, -1, nullptr, nullptr));
   for (DType dtype : kDTypes) {
     one(dtype, 70, 264, 8, 0);
     one(dtype, 200, 40, 0, 0);

@@ -49,6 +49,62 @@ void one(DType dtype, std::int64_t rows, std::int64_t columns, std::int64_t gap,
       3);
 }
 
+// `count` layers of all kinds in one list, in place or not: the bits that each gets alone, in so many launches.
+void list(int count, int launches) {
+  const std::int64_t shapes[][2] = {{3, 7}, {0, 5}, {70, 264}, {5, 0}, {33, 17}, {1, 1}, {40, 8}};
+  struct Layer {
+    GuardedMatrix w_old, w_new, apart;
+    std::vector<std::uint8_t> mask;
+    hpa::MaskAxis axis;
+    float c;
+  };
+  std::vector<Layer> layers;
+  for (int i = 0; i < count; ++i) {
+    const auto [rows, columns] = shapes[i % 7];
+    const DType dtype = kDTypes[i / 2 % 3];
+    const std::int64_t stride = columns + (i % 4 == 0 ? 3 : 8 - columns % 8);
+    layers.push_back({GuardedMatrix(dtype, rows, columns, stride), GuardedMatrix(dtype, rows, columns, stride),
+                      GuardedMatrix(dtype, rows, columns, stride), std::vector<std::uint8_t>(300),
+                      i % 5 < 2 ? hpa::MaskAxis::output : hpa::MaskAxis::input, static_cast<float>(normal())});
+    layers.back().w_old.fill_normal();
+    layers.back().w_new.fill_normal();
+    for (auto& m : layers.back().mask) m = static_cast<std::uint8_t>(below(2) * (1 + below(200)));
+  }
+  in_every_order(
+      "project_merge_list",
+      [&](Bytes& bytes) {
+        std::vector<Layer> now = layers;
+        std::vector<hpa::ProjectMergeItem> items;
+        for (std::size_t i = 0; i < now.size(); ++i) {
+          GuardedMatrix& out = i % 3 == 0 ? now[i].w_old : i % 3 == 1 ? now[i].w_new : now[i].apart;
+          items.push_back(
+              {now[i].w_old.view(), now[i].w_new.view(), now[i].mask.data(), now[i].axis, &now[i].c, out.target()});
+        }
+        const Status status =
+            hpa::cuda::project_merge_list(items.data(), static_cast<std::int64_t>(items.size()), nullptr);
+        CHECK(status.ok(), "%s", status.message);
+        CHECK(hpa_emulation::settings().launches == launches, "%d launches", hpa_emulation::settings().launches);
+        for (std::size_t i = 0; i < now.size(); ++i) {
+          Layer& layer = now[i];
+          Layer alone = layers[i];
+          GuardedMatrix& out = i % 3 == 0 ? layer.w_old : i % 3 == 1 ? layer.w_new : layer.apart;
+          CHECK(layer.w_old.intact() && layer.w_new.intact() && layer.apart.intact(), "guards of layer %zu", i);
+          CHECK(hpa::cuda::project_merge(alone.w_old.view(), alone.w_new.view(), alone.mask.data(), alone.axis,
+                                         &alone.c, alone.apart.target(), nullptr)
+                    .ok(),
+                "alone");
+          for (std::int64_t r = 0; r < out.rows(); ++r) {
+            for (std::int64_t c = 0; c < out.columns(); ++c) {
+              const std::uint32_t got = out.bits(r, c);
+              CHECK(got == alone.apart.bits(r, c), "layer %zu at %ld %ld", i, r, c);
+              append(bytes, &got, 4);
+            }
+          }
+        }
+      },
+      3);
+}
+
 void far_rows() {
   FarRows w_old(DType::bfloat16, 3, 40), w_new(DType::bfloat16, 3, 40), out(DType::bfloat16, 3, 40);
   if (!w_old.exists() || !w_new.exists() || !out.exists()) return;
@@ -73,6 +129,11 @@ void far_rows() {
 
 int main() {
   far_rows();
+  list(7, 1);    // the small table
+  list(40, 1);   // the large one
+  list(300, 2);  // more than it holds
+  CHECK(hpa::cuda::project_merge_list(nullptr, 0, nullptr).ok(), "empty list");
+  expect_invalid("no items", hpa::cuda::project_merge_list(nullptr, 1, nullptr));
   for (DType dtype : kDTypes) {
     for (hpa::MaskAxis axis : {hpa::MaskAxis::input, hpa::MaskAxis::output}) {
       for (int alias = 0; alias < 3; ++alias) {
