@@ -75,11 +75,10 @@ void bind_low_rank(py::module_ m) {
                              std::int64_t rows, std::int64_t columns, const FactorTuple& a, const FactorTuple& b,
                              std::int64_t rank, float scaling, Address mask, bool mask_rows, Address coefficient) {
     call([&] {
-      return cpu::low_rank_merge(
-          matrix(w_old, dtype, rows, columns, stride), low_rank_update(a, b, rank, rows, columns, scaling),
-          pointer<const std::uint8_t>(mask), mask_rows ? MaskAxis::output : MaskAxis::input,
-          pointer<const float>(coefficient),
-          {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
+      return cpu::low_rank_merge(matrix(w_old, dtype, rows, columns, stride),
+                                 low_rank_update(a, b, rank, rows, columns, scaling), pointer<const std::uint8_t>(mask),
+                                 mask_rows ? MaskAxis::output : MaskAxis::input, pointer<const float>(coefficient),
+                                 {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
     });
   });
   m.def("low_rank_add", [](Address w, std::int64_t stride, Address out, std::int64_t out_stride, int dtype,

@@ -110,8 +110,8 @@ struct Kernels {
   void (*expand[3])(const float* mid, std::int64_t tokens, std::int64_t depth, const float* b, void* out,
                     std::int64_t out_stride, std::int64_t columns);
 
-  // low_rank, by the dtype of the weight: on panels of float32, and on pairs of bfloat16 (null where the instruction set
-  // has no such product).
+  // low_rank, by the dtype of the weight: on panels of float32, and on pairs of bfloat16 (null where the instruction
+  // set has no such product).
   LowRankScores low_rank_scores[3], low_rank_pair_scores[3];
   LowRankMerges low_rank_merge[3], low_rank_pair_merge[3];
 };
@@ -135,7 +135,7 @@ HPA_DECLARE_INSTRUCTION_SET(isa_avx512)
 namespace isa_avx512_bf16 {
 void fill_gram_pairs(Kernels& kernels);
 void fill_low_rank_pairs(Kernels& kernels);
-}
+}  // namespace isa_avx512_bf16
 namespace isa_amx_bf16 {
 void fill_gram_tiles(Kernels& kernels);
 }

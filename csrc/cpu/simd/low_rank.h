@@ -119,15 +119,15 @@ void score_block(const LowRankBlock& block, float* squared_update, double* scala
     for (std::int64_t first = 0; first < block.columns; first += kScalarColumns) {
       const std::int64_t last = first + kScalarColumns < block.columns ? first + kScalarColumns : block.columns;
       ScoreSums sums = {};
-      for_each_tile<T, Product>(block, i, first, last, [&](const T* w, std::int64_t j, const auto& product)
-                                                           __attribute__((always_inline)) {
-        const std::int64_t columns = block.columns - j;
-        if (rows >= kTileRows && columns >= kTileWidth) {
-          score_tile<T, true>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
-        } else {
-          score_tile<T, false>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
-        }
-      });
+      for_each_tile<T, Product>(
+          block, i, first, last, [&](const T* w, std::int64_t j, const auto& product) __attribute__((always_inline)) {
+            const std::int64_t columns = block.columns - j;
+            if (rows >= kTileRows && columns >= kTileWidth) {
+              score_tile<T, true>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
+            } else {
+              score_tile<T, false>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
+            }
+          });
       for (int v = 0; v < kTileVectors; ++v) {
         for (int lane = 0; lane < kLanes; ++lane) {
           scalars[0] += static_cast<double>(sums.inner[v][lane]);
@@ -144,19 +144,19 @@ void merge_rows(const LowRankBlock& block, const LowRankMerge& merge) {
   for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
     const std::int64_t rows = block.rows - i;
     T* out = static_cast<T*>(merge.out) + i * merge.out_stride;
-    for_each_tile<T, Product>(block, i, 0, block.columns, [&](const T* w, std::int64_t j, const auto& product)
-                                                              __attribute__((always_inline)) {
-      const std::int64_t columns = block.columns - j, along = kByRow ? i : j;
-      const float* gain = merge.gain + along;
-      const std::uint8_t* keep = merge.keep + along;
-      if (rows >= kTileRows && columns >= kTileWidth) {
-        merge_tile<T, kByRow, true>(product, scaling, w, block.old_stride, rows, columns, gain, keep, out + j,
-                                    merge.out_stride);
-      } else {
-        merge_tile<T, kByRow, false>(product, scaling, w, block.old_stride, rows, columns, gain, keep, out + j,
-                                     merge.out_stride);
-      }
-    });
+    for_each_tile<T, Product>(block, i, 0, block.columns,
+                              [&](const T* w, std::int64_t j, const auto& product) __attribute__((always_inline)) {
+                                const std::int64_t columns = block.columns - j, along = kByRow ? i : j;
+                                const float* gain = merge.gain + along;
+                                const std::uint8_t* keep = merge.keep + along;
+                                if (rows >= kTileRows && columns >= kTileWidth) {
+                                  merge_tile<T, kByRow, true>(product, scaling, w, block.old_stride, rows, columns,
+                                                              gain, keep, out + j, merge.out_stride);
+                                } else {
+                                  merge_tile<T, kByRow, false>(product, scaling, w, block.old_stride, rows, columns,
+                                                               gain, keep, out + j, merge.out_stride);
+                                }
+                              });
   }
 }
 
