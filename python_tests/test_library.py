@@ -50,6 +50,18 @@ def samples(operation, dtype, device):
             (w_old, w_new, mask, coefficient, "input", torch.zeros_like(w_old)),
             (w_old.mT, w_new.mT, mask, coefficient, "output", torch.zeros_like(w_old).mT),
         ]
+    if operation.startswith("low_rank"):
+        weight, a, b = w_old, normal(3, 5, dtype=dtype, device=device), normal(7, 3, dtype=dtype, device=device)
+        turned = (weight.mT, b.mT, a.mT)
+        if operation == "low_rank_scores":
+            return [(weight, a, b, 0.5), (*turned, 0.5)]
+        if operation == "low_rank_merge":
+            return [(weight, a, b, 0.5, mask, coefficient, "input"), (*turned, 0.5, mask, coefficient, "output")]
+        if operation == "low_rank_merge_out":
+            return [(*case, torch.zeros_like(case[0])) for case in samples("low_rank_merge", dtype, device)]
+        gain = torch.ones(5, dtype=of_scores, device=device)
+        out = torch.zeros_like(weight)
+        return [(weight, a, b, 0.5, None, "input", out), (*turned, 0.5, gain, "output", out.clone().mT)]
     assert operation == "routed_lora"
     shapes = ((2, 3, 5), (3, 4, 5), (3, 6, 4))
     tensors = [normal(*shape, dtype=dtype, device=device) for shape in shapes]
@@ -65,6 +77,10 @@ OPERATORS = (
     "project_merge",
     "project_merge_out",
     "routed_lora",
+    "low_rank_scores",
+    "low_rank_merge",
+    "low_rank_merge_out",
+    "low_rank_add_out",
 )
 CASES = [
     (operation, dtype)
