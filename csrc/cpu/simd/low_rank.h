@@ -76,32 +76,43 @@ HPA_INLINE void score_tile(const F32 (&product)[kTileRows][kTileVectors], F32 sc
   }
 }
 
+// All elements are read before the first is written: rows often lie a multiple of 4 KB apart, and a read from where,
+// but for the upper bits of the address, something was just written has to wait.
 template <typename T, bool kByRow, bool kWhole>
 HPA_INLINE void merge_tile(const F32 (&product)[kTileRows][kTileVectors], F32 scaling, const T* w, std::int64_t stride,
                            std::int64_t rows, std::int64_t columns, const float* gain, const std::uint8_t* keep, T* out,
                            std::int64_t out_stride) {
+  Stored<T> result[kTileRows][kTileVectors] = {};
   HPA_UNROLL
   for (int v = 0; v < kTileVectors; ++v) {
     const std::int64_t left = columns - v * kLanes;
     if (!kWhole && left <= 0) break;
-    const bool whole_vector = kWhole || left >= kLanes;
     HPA_UNROLL
     for (int row = 0; row < kTileRows; ++row) {
       if (!kWhole && row >= rows) break;
       const T* source = w + row * stride + v * kLanes;
-      T* target = out + row * out_stride + v * kLanes;
-      const Stored<T> before = whole_vector ? load_stored(source) : load_stored(source, left);
+      const Stored<T> before = kWhole || left >= kLanes ? load_stored(source) : load_stored(source, left);
       const F32 factor = kByRow ? broadcast(gain[row]) : load_vector<F32>(gain + v * kLanes);
-      Stored<T> result = narrow(multiply_add(widen(before, source), factor, scaling * product[row][v]), out);
+      const Stored<T> sum = narrow(multiply_add(widen(before, source), factor, scaling * product[row][v]), source);
       if constexpr (kByRow) {
-        if (keep[row] != 0) result = before;
+        result[row][v] = keep[row] != 0 ? before : sum;
       } else {
-        result = choose(keep + v * kLanes, before, result);
+        result[row][v] = choose(keep + v * kLanes, before, sum);
       }
-      if (whole_vector) {
-        store_vector(target, result);
+    }
+  }
+  HPA_UNROLL
+  for (int v = 0; v < kTileVectors; ++v) {
+    const std::int64_t left = columns - v * kLanes;
+    if (!kWhole && left <= 0) break;
+    HPA_UNROLL
+    for (int row = 0; row < kTileRows; ++row) {
+      if (!kWhole && row >= rows) break;
+      T* target = out + row * out_stride + v * kLanes;
+      if (kWhole || left >= kLanes) {
+        store_vector(target, result[row][v]);
       } else {
-        store_stored(target, result, left);
+        store_stored(target, result[row][v], left);
       }
     }
   }
