@@ -12,6 +12,7 @@ from helpers import (
     at_offset,
     bits,
     integers,
+    is_native,
     lay_out,
     normal,
     outside,
@@ -217,6 +218,8 @@ def test_values_that_are_not_finite_show_in_the_scores(device, where, value):
 
 
 def test_threads_change_nothing():
+    if not is_native("low_rank"):
+        pytest.skip("the order of torch's own sums is not under test")
     weight, a, b = case((700, 1030, 18))
     mask, before, results = random_mask((700, 1030), "input", "cpu"), torch.get_num_threads(), []
     try:
