@@ -31,6 +31,6 @@ done
 
 benchmarks=()  # all
 [ "$wgmma" = passed ] ||
-  benchmarks=(gram inverse_diagonal column_scores column_mask project_merge routed_lora harmonize compromise hide)
+  benchmarks=(gram inverse_diagonal column_scores column_mask project_merge routed_lora low_rank harmonize compromise hide)
 "$PYTHON" -m hpa_ext.cli.main bench "${benchmarks[@]}" --device cuda --native-cuda
 [ "$wgmma" = passed ] || { echo "gpu-check: the wgmma kernel of gram failed its tests or did not end" | tee -a "$LOG"; exit 1; }

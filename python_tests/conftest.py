@@ -78,7 +78,7 @@ def device(
     With --emulated-cuda the CUDA cases keep their tensors on the CPU and take the operations' CUDA branch.
     """
     if request.param == "cuda" and emulated_module is not None:
-        for name in (*OPERATIONS, "gram_list", "low_rank"):
+        for name in (*OPERATIONS, "gram_list"):
             operation = importlib.import_module(f"hpa_ext.ops.{name}")
             monkeypatch.setattr(operation, "_C", emulated_module)
             monkeypatch.setattr(operation, "on_cuda", lambda tensor: True)

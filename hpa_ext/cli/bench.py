@@ -17,7 +17,7 @@ import torch
 from hpa_ext import ops
 from hpa_ext.build_info import OPERATIONS, build_info
 
-NAMES = (*OPERATIONS, "gram_kernels", "low_rank", "harmonize", "compromise", "hide")
+NAMES = (*OPERATIONS, "gram_kernels", "harmonize", "compromise", "hide")
 _PICTURES = (".png", ".svg", ".pdf")
 
 
