@@ -52,7 +52,7 @@ test-cpp: $(VENV)/.dependencies
 # The operations' CUDA cases, their kernels run by the emulator of csrc/tests/cuda_emulation: logic, not hardware.
 test-emulated: install test-cpp
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m gpu --emulated-cuda=build/cpp/csrc/tests/emulated \
-	  $(foreach op,gram gram_sm90 inverse_diagonal column_scores column_mask project_merge routed_lora,python_tests/test_$(op).py)
+	  $(foreach op,gram gram_sm90 inverse_diagonal column_scores column_mask project_merge routed_lora low_rank_ops,python_tests/test_$(op).py)
 
 test-python: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -19,6 +19,7 @@ BENCHMARKS = (
     "column_mask",
     "project_merge",
     "routed_lora",
+    "low_rank",
     "harmonize",
     "step",
     "compromise",

@@ -29,7 +29,7 @@ for tool in memcheck racecheck; do
   [ "$wgmma" = failed ] || sanitize "$tool" --wgmma
 done
 
-benchmarks=(gram inverse_diagonal column_scores column_mask project_merge routed_lora harmonize compromise hide)
+benchmarks=(gram inverse_diagonal column_scores column_mask project_merge routed_lora low_rank harmonize compromise hide)
 [ "$wgmma" = failed ] || benchmarks+=(gram_kernels)
 "$PYTHON" -m hpa_ext.cli.main bench "${benchmarks[@]}" --device cuda --native-cuda
 # The step at 7B shapes with its peers, two minutes by estimate; apart, so that it cannot cost the other numbers.

@@ -27,7 +27,10 @@ def run(dtype: torch.dtype) -> None:
             mask = ops.column_mask(squared / inverse, 19)
             merged = ops.project_merge(old, new, mask, inner / norm)
             routed = ops.routed_lora(x[:76].view(2, 38, 131), *experts, weights, scaling)
-            results.append((gram, inverse, squared, merged.float(), routed.float()))
+            a, b = experts[0][0], experts[1][0]
+            low_rank = ops.low_rank_scores(old, a, b, 0.5)[0]
+            added = ops.low_rank_merge(old, a, b, 0.5, mask, inner / norm)
+            results.append((gram, inverse, squared, merged.float(), routed.float(), low_rank, added.float()))
     for mine, theirs in zip(*results, strict=True):
         error = float((mine - theirs).norm() / theirs.norm())
         assert error < 5e-3, f"native and torch differ by {error:.1e} of the norm"

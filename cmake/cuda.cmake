@@ -37,7 +37,8 @@ if(HPA_HAS_CUDA)
     csrc/cuda/column_scores.cu
     csrc/cuda/column_mask.cu
     csrc/cuda/project_merge.cu
-    csrc/cuda/routed_lora.cu)
+    csrc/cuda/routed_lora.cu
+    csrc/cuda/low_rank.cu)
   set_target_properties(hpa PROPERTIES
     CUDA_ARCHITECTURES "${HPA_CUDA_ARCHITECTURES}"
     CUDA_RUNTIME_LIBRARY Static

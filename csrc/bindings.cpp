@@ -146,37 +146,53 @@ hpa::LowRankUpdate low_rank_update(const FactorTuple& a, const FactorTuple& b, s
   return {matrix(a_data, a_dtype, rank, columns, a_stride), matrix(b_data, b_dtype, rows, rank, b_stride), scaling};
 }
 
-void bind_low_rank(py::module_ m) {
+// The same arguments on both devices; the workspace of scores and the stream, which come last, are 0 on the CPU.
+void bind_low_rank(py::module_ m, bool cuda) {
   using namespace hpa;
-  m.def("low_rank_scores", [](Address w_old, std::int64_t stride, int dtype, std::int64_t rows, std::int64_t columns,
-                              const FactorTuple& a, const FactorTuple& b, std::int64_t rank, float scaling,
-                              Address squared_update, Address inner_product, Address old_squared_norm) {
+  const auto scores = [cuda](Address w_old, std::int64_t stride, int dtype, std::int64_t rows, std::int64_t columns,
+                             const FactorTuple& a, const FactorTuple& b, std::int64_t rank, float scaling,
+                             Address squared_update, Address inner_product, Address old_squared_norm, Address workspace,
+                             Address stream) {
+    const ConstMatrix w = matrix(w_old, dtype, rows, columns, stride);
+    const LowRankUpdate update = low_rank_update(a, b, rank, rows, columns, scaling);
+    const ColumnScores result = {pointer<float>(squared_update), pointer<float>(inner_product),
+                                 pointer<float>(old_squared_norm)};
     call([&] {
-      return cpu::low_rank_scores(
-          matrix(w_old, dtype, rows, columns, stride), low_rank_update(a, b, rank, rows, columns, scaling),
-          {pointer<float>(squared_update), pointer<float>(inner_product), pointer<float>(old_squared_norm)});
+      return cuda ? cuda::low_rank_scores(w, update, result, pointer<void>(workspace), pointer<void>(stream))
+                  : cpu::low_rank_scores(w, update, result);
     });
-  });
-  m.def("low_rank_merge", [](Address w_old, std::int64_t stride, Address out, std::int64_t out_stride, int dtype,
-                             std::int64_t rows, std::int64_t columns, const FactorTuple& a, const FactorTuple& b,
-                             std::int64_t rank, float scaling, Address mask, bool mask_rows, Address coefficient) {
+  };
+  const auto merge = [cuda](Address w_old, std::int64_t stride, Address out, std::int64_t out_stride, int dtype,
+                            std::int64_t rows, std::int64_t columns, const FactorTuple& a, const FactorTuple& b,
+                            std::int64_t rank, float scaling, Address mask, bool mask_rows, Address coefficient,
+                            Address stream) {
+    const ConstMatrix w = matrix(w_old, dtype, rows, columns, stride);
+    const LowRankUpdate update = low_rank_update(a, b, rank, rows, columns, scaling);
+    const Matrix target = {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride};
+    const MaskAxis axis = mask_rows ? MaskAxis::output : MaskAxis::input;
+    const auto* keep = pointer<const std::uint8_t>(mask);
+    const auto* factor = pointer<const float>(coefficient);
     call([&] {
-      return cpu::low_rank_merge(matrix(w_old, dtype, rows, columns, stride),
-                                 low_rank_update(a, b, rank, rows, columns, scaling), pointer<const std::uint8_t>(mask),
-                                 mask_rows ? MaskAxis::output : MaskAxis::input, pointer<const float>(coefficient),
-                                 {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
+      return cuda ? cuda::low_rank_merge(w, update, keep, axis, factor, target, pointer<void>(stream))
+                  : cpu::low_rank_merge(w, update, keep, axis, factor, target);
     });
-  });
-  m.def("low_rank_add", [](Address w, std::int64_t stride, Address out, std::int64_t out_stride, int dtype,
-                           std::int64_t rows, std::int64_t columns, const FactorTuple& a, const FactorTuple& b,
-                           std::int64_t rank, float scaling, Address gain, bool gain_rows) {
+  };
+  const auto add = [cuda](Address old, std::int64_t stride, Address out, std::int64_t out_stride, int dtype,
+                          std::int64_t rows, std::int64_t columns, const FactorTuple& a, const FactorTuple& b,
+                          std::int64_t rank, float scaling, Address gain, bool gain_rows, Address stream) {
+    const ConstMatrix w = matrix(old, dtype, rows, columns, stride);
+    const LowRankUpdate update = low_rank_update(a, b, rank, rows, columns, scaling);
+    const Matrix target = {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride};
+    const MaskAxis axis = gain_rows ? MaskAxis::output : MaskAxis::input;
     call([&] {
-      return cpu::low_rank_add(matrix(w, dtype, rows, columns, stride),
-                               low_rank_update(a, b, rank, rows, columns, scaling), pointer<const float>(gain),
-                               gain_rows ? MaskAxis::output : MaskAxis::input,
-                               {pointer<void>(out), static_cast<DType>(dtype), rows, columns, out_stride});
+      return cuda ? cuda::low_rank_add(w, update, pointer<const float>(gain), axis, target, pointer<void>(stream))
+                  : cpu::low_rank_add(w, update, pointer<const float>(gain), axis, target);
     });
-  });
+  };
+  if (cuda) m.def("low_rank_scores_workspace_bytes", &cuda::low_rank_scores_workspace_bytes);
+  m.def("low_rank_scores", scores);
+  m.def("low_rank_merge", merge);
+  m.def("low_rank_add", add);
 }
 
 // a, b, scaling, onto, output, out, rank
@@ -435,10 +451,11 @@ PYBIND11_MODULE(_C, m) {
     return result;
   });
   py::module_ on_host = m.def_submodule("cpu", "Operations on host memory.");
+  py::module_ on_device = m.def_submodule("cuda", "Operations on device memory, launched on a stream.");
   bind_cpu(on_host);
   bind_cpu_lists(on_host);
-  bind_low_rank(on_host);
-  py::module_ on_device = m.def_submodule("cuda", "Operations on device memory, launched on a stream.");
+  bind_low_rank(on_host, false);
   bind_cuda(on_device);
   bind_cuda_lists(on_device);
+  bind_low_rank(on_device, true);
 }

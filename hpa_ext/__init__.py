@@ -1,7 +1,7 @@
 """Merge weights before and after a tuning step so that safety and earlier tasks survive.
 
 HPA (CVPR 2026) for layers, models and checkpoints: `Gram`, `calibrate`, `harmonize`, `harmonize_model`,
-`harmonize_checkpoint`; the six operations under `hpa_ext.ops`. See the README for the API in twenty lines.
+`harmonize_checkpoint`; the operations under `hpa_ext.ops`. See the README for the API in twenty lines.
 """
 
 from hpa_ext import hide, ops

@@ -10,7 +10,15 @@ from hpa_ext import _C
 from hpa_ext.ops._backend import CUDA_VERIFIED
 from hpa_ext.ops.instruction_set import NEVER_RUN
 
-OPERATIONS = ("gram", "inverse_diagonal", "column_scores", "column_mask", "project_merge", "routed_lora")
+OPERATIONS = (
+    "gram",
+    "inverse_diagonal",
+    "column_scores",
+    "column_mask",
+    "project_merge",
+    "routed_lora",
+    "low_rank",
+)
 
 
 def build_info() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The six operations in plain torch: the oracle of the tests, and what serves devices and dtypes without a kernel.
+"""The operations in plain torch: the oracle of the tests, and what serves devices and dtypes without a kernel.
 
 Written for clarity, in as many passes as that takes. Everything computes in float32, or in float64 for float64 input,
 and runs on any device without synchronising with it. Arguments are taken on trust; hpa_ext.ops checks them.

@@ -50,7 +50,7 @@ def test_build_info():
     json.dumps(info)  # plain values only
 
 
-def test_six_operations():
+def test_operations():
     assert set(OPERATIONS) == {
         "gram",
         "inverse_diagonal",
@@ -58,6 +58,7 @@ def test_six_operations():
         "column_mask",
         "project_merge",
         "routed_lora",
+        "low_rank",
     }
 
 

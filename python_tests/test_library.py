@@ -54,6 +54,18 @@ def samples(operation, dtype, device):
         return samples_of_linears(operation, dtype, of_scores, device)
     if operation.endswith("_list") or operation.endswith("_list_out"):
         return samples_of_lists(operation, dtype, device)
+    if operation.startswith("low_rank"):
+        weight, a, b = w_old, normal(3, 5, dtype=dtype, device=device), normal(7, 3, dtype=dtype, device=device)
+        turned = (weight.mT, b.mT, a.mT)
+        if operation == "low_rank_scores":
+            return [(weight, a, b, 0.5), (*turned, 0.5)]
+        if operation == "low_rank_merge":
+            return [(weight, a, b, 0.5, mask, coefficient, "input"), (*turned, 0.5, mask, coefficient, "output")]
+        if operation == "low_rank_merge_out":
+            return [(*case, torch.zeros_like(case[0])) for case in samples("low_rank_merge", dtype, device)]
+        gain = torch.ones(5, dtype=of_scores, device=device)
+        out = torch.zeros_like(weight)
+        return [(weight, a, b, 0.5, None, "input", out), (*turned, 0.5, gain, "output", out.clone().mT)]
     assert operation == "routed_lora"
     shapes = ((2, 3, 5), (3, 4, 5), (3, 6, 4))
     tensors = [normal(*shape, dtype=dtype, device=device) for shape in shapes]
@@ -116,6 +128,10 @@ OPERATORS = (
     "routed_lora_add_",
     "routed_lora_backward",
     "routed_lora_list",
+    "low_rank_scores",
+    "low_rank_merge",
+    "low_rank_merge_out",
+    "low_rank_add_out",
 )
 _OF_SCORES = ("inverse_diagonal", "column_mask", "column_mask_list")
 CASES = [

@@ -157,8 +157,8 @@ Status merge(const ConstMatrix& w, const LowRankUpdate& update, const AlongAxis&
   const bool by_row = axis == MaskAxis::output;
   operands.for_each_block([&](std::int64_t, const LowRankBlock& block, std::int64_t row, std::int64_t column) {
     const std::int64_t i = by_row ? row : column;
-    char* target = static_cast<char*>(out.data) +
-                   (row * out.row_stride + column) * static_cast<std::int64_t>(size_of(out.dtype));
+    char* target =
+        static_cast<char*>(out.data) + (row * out.row_stride + column) * static_cast<std::int64_t>(size_of(out.dtype));
     merge_block(block, {along.gain(i), along.keep(i), by_row, target, out.row_stride});
   });
   return {};
@@ -177,14 +177,17 @@ Status low_rank_scores(ConstMatrix w_old, LowRankUpdate update, ColumnScores res
   Buffer<double> scalars(tasks * 2);
   if (!operands.allocated() || !squared || !scalars) return kOutOfMemory;
   operands.pack_right();
-  std::fill(squared.data(), squared.data() + strips * columns, 0.0f);
-  std::fill(scalars.data(), scalars.data() + tasks * 2, 0.0);
 
   const int dtype = static_cast<int>(w_old.dtype);
-  const auto score_block =
-      operands.pairs() ? kernels().low_rank_pair_scores[dtype] : kernels().low_rank_scores[dtype];
+  const auto score_block = operands.pairs() ? kernels().low_rank_pair_scores[dtype] : kernels().low_rank_scores[dtype];
   operands.for_each_block([&](std::int64_t task, const LowRankBlock& block, std::int64_t row, std::int64_t column) {
-    score_block(block, squared.data() + row / kStripRows * columns + column, scalars.data() + task * 2);
+    float* sums = squared.data() + row / kStripRows * columns + column;
+    double* scalar = scalars.data() + task * 2;
+    if (row % kStripRows == 0) {
+      std::fill(sums, sums + block.columns, 0.0f);
+      scalar[0] = scalar[1] = 0;
+    }
+    score_block(block, sums, scalar);
   });
 
   constexpr std::int64_t kColumnsAtOnce = 256;

@@ -38,4 +38,11 @@ Status project_merge_list(const ProjectMergeItem*, std::int64_t, Stream) { retur
 std::size_t routed_lora_workspace_bytes(const RoutedLoraArguments&) { return 0; }
 Status routed_lora(const RoutedLoraArguments&, void*, Stream) { return kAbsent; }
 
+std::size_t low_rank_scores_workspace_bytes(std::int64_t, std::int64_t) { return 0; }
+Status low_rank_scores(ConstMatrix, LowRankUpdate, ColumnScores, void*, Stream) { return kAbsent; }
+Status low_rank_merge(ConstMatrix, LowRankUpdate, const std::uint8_t*, MaskAxis, const float*, Matrix, Stream) {
+  return kAbsent;
+}
+Status low_rank_add(ConstMatrix, LowRankUpdate, const float*, MaskAxis, Matrix, Stream) { return kAbsent; }
+
 }  // namespace hpa::cuda

@@ -5,7 +5,8 @@ if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
   return()
 endif()
 
-set(HPA_EMULATED_KERNELS runtime gram gram_sm90 inverse_diagonal column_scores column_mask project_merge routed_lora)
+set(HPA_EMULATED_KERNELS runtime gram gram_sm90 inverse_diagonal column_scores column_mask project_merge routed_lora
+        low_rank)
 set(HPA_EMULATED_SOURCES)
 foreach(kernel IN LISTS HPA_EMULATED_KERNELS)
   list(APPEND HPA_EMULATED_SOURCES ${CMAKE_CURRENT_SOURCE_DIR}/../cuda/${kernel}.cu)
@@ -40,7 +41,8 @@ if(HPA_EMULATED_PYTHON)
   target_link_libraries(emulated_C PRIVATE hpa_cuda_emulation hpa)
 endif()
 
-foreach(operation gram gram_sm90 gram_sm90_split inverse_diagonal column_scores column_mask project_merge routed_lora)
+foreach(operation gram gram_sm90 gram_sm90_split inverse_diagonal column_scores column_mask project_merge routed_lora
+        low_rank)
   add_executable(cuda_emulation_${operation} ${CMAKE_CURRENT_SOURCE_DIR}/cuda_emulation/test_${operation}.cpp)
   target_link_libraries(cuda_emulation_${operation} PRIVATE hpa_cuda_emulation)
   add_test(NAME cuda_emulation_${operation} COMMAND cuda_emulation_${operation})

@@ -1,4 +1,4 @@
-"""The six operations: checks, dispatch to the native kernels, and torch.library registration.
+"""The operations: checks, dispatch to the native kernels, and torch.library registration.
 
 Each is a function here and an operator of the same name under ``torch.ops.hpa_ext``; both take the same path through
 the checks. None of them knows of models or files.

@@ -9,11 +9,15 @@ from hpa_ext import _C, reference
 from hpa_ext.ops._backend import (
     DTYPE_TAGS,
     backend_of,
+    device_of,
     is_traced,
     mark_written,
+    on_cuda,
     row_stride,
+    stream_of,
     unit_stride,
     use_torch_threads,
+    workspace,
 )
 from hpa_ext.ops._checks import WEIGHT_DTYPES, check_same, check_shape, check_tensor, describe, is_number
 from hpa_ext.ops._library import register
@@ -141,8 +145,7 @@ def low_rank_add(
 
 def low_rank_backend(w_old: Tensor, a: Tensor, b: Tensor) -> str:
     """What serves these operations for tensors of these dtypes on this device: "native" or "torch"."""
-    # No CUDA kernel exists yet for all of them; torch serves CUDA tensors.
-    native = w_old.device.type == "cpu" and all(backend_of("low_rank", t) == "native" for t in (w_old, a, b))
+    native = all(backend_of("low_rank", t) == "native" for t in (w_old, a, b))
     return "native" if native else "torch"
 
 
@@ -224,6 +227,7 @@ class _Native:
         factors = [(t.data_ptr(), DTYPE_TAGS[t.dtype], row_stride(t)) for t in (self.a, self.b)]
         self.update = (DTYPE_TAGS[weight.dtype], *weight.shape, *factors, self.a.shape[0], scaling)
         self.source = (self.weight.data_ptr(), row_stride(self.weight))
+        self.on_cuda = on_cuda(self.weight)
         if self.out is not None:
             place = self.out.mT if self.exchanged else self.out
             self._target = unit_stride(place)
@@ -231,6 +235,15 @@ class _Native:
             if not self._in_place:
                 self._target = torch.empty_like(place, memory_format=torch.contiguous_format)
             self.destination = (self._target.data_ptr(), row_stride(self._target))
+
+    def call(self, name: str, *arguments: object) -> None:
+        """The native operation of this name on the device of the weight."""
+        if self.on_cuda:
+            with device_of(self.weight):
+                getattr(_C.cuda, name)(*arguments, stream_of(self.weight))
+        else:
+            use_torch_threads()
+            getattr(_C.cpu, name)(*arguments, 0)
 
     def rows_of(self, axis: str) -> bool:
         """Whether `axis` of the weight runs along the rows that the native module sees."""
@@ -250,10 +263,13 @@ def _low_rank_scores(w_old: Tensor, a: Tensor, b: Tensor, scaling: float) -> tup
         return reference.low_rank_scores(w_old.detach(), a.detach(), b.detach(), scaling)
     # Sums over the rows of each column: a transposed weight is copied.
     native = _Native(unit_stride(w_old.detach()), a, b, scaling)
-    use_torch_threads()
-    _C.cpu.low_rank_scores(
-        *native.source, *native.update,
+    scratch = None
+    if native.on_cuda:
+        scratch = workspace(_C.cuda.low_rank_scores_workspace_bytes(*native.weight.shape), native.weight)
+    native.call(
+        "low_rank_scores", *native.source, *native.update,
         squared_update.data_ptr(), inner_product.data_ptr(), old_squared_norm.data_ptr(),
+        0 if scratch is None else scratch.data_ptr(),
     )  # fmt: skip
     return squared_update, inner_product, old_squared_norm
 
@@ -294,9 +310,8 @@ def _low_rank_merge_out(
         return
     native = _Native(w_old, a, b, scaling, out)
     mask = mask.contiguous()
-    use_torch_threads()
-    _C.cpu.low_rank_merge(
-        *native.source, *native.destination, *native.update,
+    native.call(
+        "low_rank_merge", *native.source, *native.destination, *native.update,
         mask.data_ptr(), native.rows_of(axis), coefficient.data_ptr(),
     )  # fmt: skip
     native.written()
@@ -314,9 +329,8 @@ def _low_rank_add_out(
         return
     native = _Native(weight, a, b, scaling, out)
     gain = None if gain is None else gain.detach().contiguous()
-    use_torch_threads()
-    _C.cpu.low_rank_add(
-        *native.source, *native.destination, *native.update,
+    native.call(
+        "low_rank_add", *native.source, *native.destination, *native.update,
         0 if gain is None else gain.data_ptr(), native.rows_of(axis),
     )  # fmt: skip
     native.written()

@@ -76,32 +76,43 @@ HPA_INLINE void score_tile(const F32 (&product)[kTileRows][kTileVectors], F32 sc
   }
 }
 
+// All elements are read before the first is written: rows often lie a multiple of 4 KB apart, and a read from where,
+// but for the upper bits of the address, something was just written has to wait.
 template <typename T, bool kByRow, bool kWhole>
 HPA_INLINE void merge_tile(const F32 (&product)[kTileRows][kTileVectors], F32 scaling, const T* w, std::int64_t stride,
                            std::int64_t rows, std::int64_t columns, const float* gain, const std::uint8_t* keep, T* out,
                            std::int64_t out_stride) {
+  Stored<T> result[kTileRows][kTileVectors] = {};
   HPA_UNROLL
   for (int v = 0; v < kTileVectors; ++v) {
     const std::int64_t left = columns - v * kLanes;
     if (!kWhole && left <= 0) break;
-    const bool whole_vector = kWhole || left >= kLanes;
     HPA_UNROLL
     for (int row = 0; row < kTileRows; ++row) {
       if (!kWhole && row >= rows) break;
       const T* source = w + row * stride + v * kLanes;
-      T* target = out + row * out_stride + v * kLanes;
-      const Stored<T> before = whole_vector ? load_stored(source) : load_stored(source, left);
+      const Stored<T> before = kWhole || left >= kLanes ? load_stored(source) : load_stored(source, left);
       const F32 factor = kByRow ? broadcast(gain[row]) : load_vector<F32>(gain + v * kLanes);
-      Stored<T> result = narrow(multiply_add(widen(before, source), factor, scaling * product[row][v]), out);
+      const Stored<T> sum = narrow(multiply_add(widen(before, source), factor, scaling * product[row][v]), source);
       if constexpr (kByRow) {
-        if (keep[row] != 0) result = before;
+        result[row][v] = keep[row] != 0 ? before : sum;
       } else {
-        result = choose(keep + v * kLanes, before, result);
+        result[row][v] = choose(keep + v * kLanes, before, sum);
       }
-      if (whole_vector) {
-        store_vector(target, result);
+    }
+  }
+  HPA_UNROLL
+  for (int v = 0; v < kTileVectors; ++v) {
+    const std::int64_t left = columns - v * kLanes;
+    if (!kWhole && left <= 0) break;
+    HPA_UNROLL
+    for (int row = 0; row < kTileRows; ++row) {
+      if (!kWhole && row >= rows) break;
+      T* target = out + row * out_stride + v * kLanes;
+      if (kWhole || left >= kLanes) {
+        store_vector(target, result[row][v]);
       } else {
-        store_stored(target, result, left);
+        store_stored(target, result[row][v], left);
       }
     }
   }
@@ -119,15 +130,15 @@ void score_block(const LowRankBlock& block, float* squared_update, double* scala
     for (std::int64_t first = 0; first < block.columns; first += kScalarColumns) {
       const std::int64_t last = first + kScalarColumns < block.columns ? first + kScalarColumns : block.columns;
       ScoreSums sums = {};
-      for_each_tile<T, Product>(block, i, first, last, [&](const T* w, std::int64_t j, const auto& product)
-                                                           __attribute__((always_inline)) {
-        const std::int64_t columns = block.columns - j;
-        if (rows >= kTileRows && columns >= kTileWidth) {
-          score_tile<T, true>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
-        } else {
-          score_tile<T, false>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
-        }
-      });
+      for_each_tile<T, Product>(
+          block, i, first, last, [&](const T* w, std::int64_t j, const auto& product) __attribute__((always_inline)) {
+            const std::int64_t columns = block.columns - j;
+            if (rows >= kTileRows && columns >= kTileWidth) {
+              score_tile<T, true>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
+            } else {
+              score_tile<T, false>(product, scaling, w, block.old_stride, rows, columns, squared_update + j, sums);
+            }
+          });
       for (int v = 0; v < kTileVectors; ++v) {
         for (int lane = 0; lane < kLanes; ++lane) {
           scalars[0] += static_cast<double>(sums.inner[v][lane]);
@@ -144,19 +155,19 @@ void merge_rows(const LowRankBlock& block, const LowRankMerge& merge) {
   for (std::int64_t i = 0; i < block.rows; i += kTileRows) {
     const std::int64_t rows = block.rows - i;
     T* out = static_cast<T*>(merge.out) + i * merge.out_stride;
-    for_each_tile<T, Product>(block, i, 0, block.columns, [&](const T* w, std::int64_t j, const auto& product)
-                                                              __attribute__((always_inline)) {
-      const std::int64_t columns = block.columns - j, along = kByRow ? i : j;
-      const float* gain = merge.gain + along;
-      const std::uint8_t* keep = merge.keep + along;
-      if (rows >= kTileRows && columns >= kTileWidth) {
-        merge_tile<T, kByRow, true>(product, scaling, w, block.old_stride, rows, columns, gain, keep, out + j,
-                                    merge.out_stride);
-      } else {
-        merge_tile<T, kByRow, false>(product, scaling, w, block.old_stride, rows, columns, gain, keep, out + j,
-                                     merge.out_stride);
-      }
-    });
+    for_each_tile<T, Product>(block, i, 0, block.columns,
+                              [&](const T* w, std::int64_t j, const auto& product) __attribute__((always_inline)) {
+                                const std::int64_t columns = block.columns - j, along = kByRow ? i : j;
+                                const float* gain = merge.gain + along;
+                                const std::uint8_t* keep = merge.keep + along;
+                                if (rows >= kTileRows && columns >= kTileWidth) {
+                                  merge_tile<T, kByRow, true>(product, scaling, w, block.old_stride, rows, columns,
+                                                              gain, keep, out + j, merge.out_stride);
+                                } else {
+                                  merge_tile<T, kByRow, false>(product, scaling, w, block.old_stride, rows, columns,
+                                                               gain, keep, out + j, merge.out_stride);
+                                }
+                              });
   }
 }
 

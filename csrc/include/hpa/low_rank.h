@@ -34,4 +34,16 @@ Status low_rank_merge(ConstMatrix w_old, LowRankUpdate update, const std::uint8_
 Status low_rank_add(ConstMatrix w, LowRankUpdate update, const float* gain, MaskAxis axis, Matrix out);
 
 }  // namespace cpu
+namespace cuda {
+
+// As above, on tensor cores where A and B are of one 16-bit dtype (then 16 of the rank are added at once, and D has
+// other bits than from the same A and B in float32), in float32 arithmetic otherwise. coefficient and gain lie in
+// device memory; workspace: device memory on a 16-byte boundary.
+std::size_t low_rank_scores_workspace_bytes(std::int64_t rows, std::int64_t columns);
+Status low_rank_scores(ConstMatrix w_old, LowRankUpdate update, ColumnScores result, void* workspace, Stream stream);
+Status low_rank_merge(ConstMatrix w_old, LowRankUpdate update, const std::uint8_t* mask, MaskAxis axis,
+                      const float* coefficient, Matrix out, Stream stream);
+Status low_rank_add(ConstMatrix w, LowRankUpdate update, const float* gain, MaskAxis axis, Matrix out, Stream stream);
+
+}  // namespace cuda
 }  // namespace hpa

@@ -149,6 +149,7 @@ inline float __uint_as_float(unsigned bits) {
 }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 template <class Value>
 Value __ldcs(const Value* address) {
   return *address;
