@@ -195,7 +195,7 @@ def test_the_plan_of_an_adapter_knows_the_waits_for_the_disk_and_the_bytes(tmp_p
 
 @pytest.mark.parametrize("new", ["new", "adapter"])
 def test_the_plans_pool_is_that_of_the_run(inputs, tmp_path, monkeypatch, new):
-    """Grams are reduced, so that the pool decides the memory; which buffer is free when depends on the run's threads."""
+    """Grams are reduced, so that the pool decides the memory; which buffer is free depends on the threads too."""
     reduced = {}
     for name in ("safety", "task"):
         reduced[name] = tmp_path / f"{name}.safetensors"
