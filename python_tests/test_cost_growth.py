@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +109,19 @@ def test_inputs_have_the_shapes_that_were_asked_for(tmp_path):
     with GramFile(made.safety) as grams:
         assert len(grams) == 14 and len(grams.groups) == 8
         assert {grams.in_features(name) for name in grams} == {128, cost_inputs.inner_width(128)}
+
+
+def test_the_document_says_what_the_rows_say():
+    folder = Path(__file__).resolve().parent.parent / "docs"
+    if not folder.is_dir():
+        pytest.skip("the documentation is not installed")
+    text = " ".join((folder / "costs.md").read_text(encoding="utf-8").split())
+    document = json.loads((folder / "costs" / "growth.json").read_text(encoding="utf-8"))
+    points = [Point(**point) for point in document["points"]]
+    found = {kind: benchmark.Accuracy.of(p for p in points if p.unit == kind) for kind in ("seconds", "bytes")}
+    time, memory = found["seconds"], found["bytes"]
+    assert f"{time.points} points of time and {memory.points} of memory" in text
+    assert f"a factor of {time.median:.2f} in the median and {time.worst:.2f} at worst for time" in text
+    assert f"{memory.median:.2f} and {memory.worst:.2f} for memory" in text
+    assert (folder / "costs" / "growth.png").is_file()
+    assert {point.phase for point in points} == set(benchmark.PHASES)

@@ -35,7 +35,8 @@ def pipeline_pool(items: Iterable[Sequence[int]]) -> int:
             written.
 
     A buffer is used again for what fits into it and never becomes larger (hpa_ext/checkpoints/buffers.py), so that a
-    model whose tensors grow along the way takes more than several times its largest one.
+    model whose tensors grow along the way takes more than several times its largest one. In a run its threads
+    decide which buffer is free a moment earlier or later, so that it may take a little more or less.
     """
     free: list[int] = []
     total = 0

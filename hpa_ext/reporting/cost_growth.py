@@ -38,7 +38,7 @@ def cost_growth(points: Sequence[dict[str, Any]], title: str) -> Figure:
         raise ValueError("points: expected a series of two points at least, got none")
     columns = min(len(panels), _COLUMNS)
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 4.0 * lines), layout="constrained", dpi=110)
+    figure = Figure(figsize=(5.2 * columns, 4.0 * lines), layout="constrained", dpi=80)
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}\ndots: measured; lines: model; at the end: slope between the last two", fontsize=10)
     shown = figure.subplots(lines, columns, squeeze=False).flat
