@@ -14,6 +14,7 @@ from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import GramDiagonal
 from hpa_ext.gram_sum import copy_rows, squares_stay_finite
 from hpa_ext.hpa.checkpoint.samples import module_work, update_rates
+from hpa_ext.hpa.layer_plan import merge_updates
 from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.hpa.plan import plan_update
 from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
@@ -166,10 +167,7 @@ def _harmonize(update: WeightUpdate) -> None:
     width = update.shape[1]
     diagonal = GramDiagonal(torch.ones(width), torch.zeros(width, dtype=torch.bool), 1, 0.01, 0.01, 32)
     plan = plan_update(update, GramPair(diagonal, diagonal), 0.5, HPAConfig())
-    if isinstance(update, LowRankUpdate):
-        update.merge(plan.selection, plan.coefficient, "input", out=update.old)
-    else:
-        plan.merge(update.old, update.new, out=update.new)
+    merge_updates([plan], [update], [update.old if isinstance(update, LowRankUpdate) else update.new])
 
 
 def _activations(count: int, width: int) -> torch.Tensor:
