@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "check.h"
 #include "data.h"
 #include "hpa/routed_lora.h"
