@@ -104,7 +104,7 @@ HPA_DECLARE_INSTRUCTION_SET(isa_avx512)
 namespace isa_avx512_bf16 {
 void fill_gram_pairs(Kernels& kernels);
 void fill_routed_lora_pairs(Kernels& kernels);
-}
+}  // namespace isa_avx512_bf16
 namespace isa_amx_bf16 {
 void fill_gram_tiles(Kernels& kernels);
 }
