@@ -21,9 +21,10 @@ _SCALING = 2.0
 
 
 def rows(setting: Setting) -> Iterator[Row]:
-    """``hide_layer_vs_loop``, ``hide_layer_vs_authors``, ``hide_fused_vs_authors``, ``hide_prefill``, ``hide_decode``.
+    """``hide_layer_vs_...``, ``hide_fused_vs_authors``, ``hide_prefill``, ``hide_decode``.
 
-    The last two are the whole model against its base: their ratio is base / HiDe, so that 0.97 is an overhead of 3 %.
+    ``hide_layer_vs_base`` is a routed layer against the linear in it, and the last two are the whole model against its
+    base: their ratio is base / HiDe, so that 0.97 is an overhead of 3 %.
     """
     bf16 = torch.bfloat16
     for batch, tokens, width, height in setting.cases(
@@ -96,6 +97,10 @@ def _layers(setting: Setting, batch: int, tokens: int, width: int, height: int, 
         layer, x, weights, _ = pick(index)
         return loop(layer.base, x, layer.a, layer.b, weights)
 
+    def base(index: int) -> Tensor:
+        layer, x, _, _ = pick(index)
+        return layer.base(x)
+
     def by_authors(index: int) -> Tensor:
         layer, x, weights, _ = pick(index)
         return authors_top(layer.base, x, layer.a, layer.b, weights[0].tolist())
@@ -126,6 +131,7 @@ def _layers(setting: Setting, batch: int, tokens: int, width: int, height: int, 
     for metric, peer, call, other, checked in (
         ("hide_layer_vs_loop", "loop over experts", ours, by_loop, check),
         ("hide_layer_vs_authors", "authors' top layer, one weight per batch", ours, by_authors, check),
+        ("hide_layer_vs_base", "the linear itself", ours, base, Check(check.error, check.limit, None)),
         ("hide_fused_vs_authors", "authors' fusion at every forward", fused, fused_by_authors, fused_check),
     ):
         yield make_row(metric, names, shape, dtype, peer, setting.pair(call, other), work, checked, backend)

@@ -21,7 +21,6 @@ def rows(setting: Setting) -> Iterator[Row]:
 
     - ``loop``: a loop over linears and experts, each branch added to its linear's output;
     - ``single``: a call for each linear;
-    - ``linears``: the linears themselves. The ratio is theirs over ours: 50 is an overhead of 2 %.
     - ``loop_with_gradients``: forward, and gradients of x, A and B.
     """
     bf16 = torch.bfloat16
@@ -150,23 +149,8 @@ def _together(linears: _Linears) -> Iterator[Row]:
             ("routed_lora_list_vs_single", "one call for each linear", singly, errors[1]),
         ):
             yield linears.row(metric, peer, (ours, call), sets, Check(errors[0], limit, error), work)
-        yield _against_linears(linears, ours, Check(errors[0], limit, None))
     if linears.tokens > 1:
         yield _with_gradients(linears, loop)
-
-
-def _against_linears(linears: _Linears, ours: Callable, check: Check) -> Row:
-    draw = linears.setting.randn
-    weights = [
-        draw(height, linears.width, dtype=linears.dtype, scale=linears.width**-0.5) for height in linears.heights
-    ]
-
-    def base(x, *rest):
-        return [torch.nn.functional.linear(x, weight) for weight in weights]
-
-    return linears.row(
-        "routed_lora_list_vs_linears", "the linears themselves", (ours, base), linears.sets(), check, linears.operations
-    )
 
 
 def _with_gradients(linears: _Linears, loop: Callable) -> Row:

@@ -101,8 +101,8 @@ def launch(
 ) -> None:
     """The native kernels, for arguments that have been checked, into contiguous outputs, which may be `onto`."""
     # Contiguous copies must live until the kernels have been launched.
-    x, weights = x.detach().contiguous(), weights.detach().contiguous()
-    a, b, scaling, onto = ([t.detach().contiguous() for t in tensors] for tensors in (a, b, scaling, onto))
+    x, weights = _contiguous(x), _contiguous(weights)
+    a, b, scaling, onto = ([_contiguous(t) for t in tensors] for tensors in (a, b, scaling, onto))
     linears = [
         (
             a_.data_ptr(), b_.data_ptr(), scaling_.data_ptr(), onto[index].data_ptr() if onto else 0,
@@ -122,6 +122,10 @@ def launch(
     else:
         use_torch_threads()
         _C.cpu.routed_lora(*arguments)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.detach().contiguous()
 
 
 def _each(a: list[Tensor], b: list[Tensor], weights: Tensor, scaling: list[Tensor]):

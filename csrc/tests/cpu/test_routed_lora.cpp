@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "check.h"
 #include "data.h"
 #include "hpa/routed_lora.h"
@@ -116,6 +118,34 @@ void several(DType dtype, const std::string& set) {
   }
 }
 
+// One token after the other, and three at a time: the bits of all together, though few and many go other ways.
+void few_and_many(DType dtype, const std::string& set) {
+  const std::int64_t tokens = 70, in = 3003, out = 50, tasks = 2, rank = 5;
+  Random random(9);
+  GuardedMatrix x(tokens, in, dtype, 0), a(tasks * rank, in, dtype, 0), b(tasks * out, rank, dtype, 0),
+      together(tokens, out, dtype, 0), apart = together;
+  for (GuardedMatrix* m : {&x, &a, &b}) m->fill_normal(random);
+  const std::vector<float> weights = {0.25f, 0.75f}, scaling = {2, 3};
+  const auto run = [&](std::int64_t first, std::int64_t count, GuardedMatrix& output) {
+    const std::int64_t size = static_cast<std::int64_t>(size_of(dtype));
+    const RoutedLoraLinear linear = {a.view().data,
+                                     b.view().data,
+                                     scaling.data(),
+                                     nullptr,
+                                     static_cast<char*>(output.mutable_view().data) + first * out * size,
+                                     out,
+                                     rank};
+    const Status status = cpu::routed_lora({static_cast<const char*>(x.view().data) + first * in * size, weights.data(),
+                                            dtype, 1, count, in, tasks, &linear, 1});
+    CHECK(status.ok(), set + status.message);
+  };
+  run(0, tokens, together);
+  for (const std::int64_t step : {1, 3}) {
+    for (std::int64_t t = 0; t < tokens; t += step) run(t, std::min(step, tokens - t), apart);
+    CHECK(apart == together, set + " " + name_of(dtype) + " step " + std::to_string(step));
+  }
+}
+
 void invalid() {
   float v[4] = {1, 1, 1, 1};
   const RoutedLoraLinear good_linear = {v, v, v, nullptr, v, 1, 1};
@@ -155,9 +185,11 @@ int main() {
       const Shape shapes[] = {{1, 1, 1, 1, 1, 1},     {2, 1, 130, 65, 3, 8},   {1, 7, 65, 130, 2, 5},
                               {3, 17, 130, 49, 6, 8}, {2, 33, 65, 96, 1, 1},   {1, 5, 17, 7, 3, 17},
                               {2, 3, 7, 9, 0, 4},     {2, 3, 0, 9, 2, 4},      {1, 2, 3, 0, 2, 2},
-                              {0, 2, 3, 4, 2, 2},     {1, 40, 200, 100, 9, 7}, {1, 3, 20, 50, 2, 70}};
+                              {0, 2, 3, 4, 2, 2},     {1, 40, 200, 100, 9, 7}, {1, 3, 20, 50, 2, 70},
+                              {1, 70, 3003, 5, 2, 4}};
       for (const Shape& shape : shapes) compare(shape, dtype, set);
       several(dtype, set);
+      few_and_many(dtype, set);
     }
   });
   invalid();
