@@ -100,7 +100,7 @@ __device__ __forceinline__ void sum_rows(const Layer& layer, std::int64_t strip,
 }
 
 template <int kItems>
-__global__ void __launch_bounds__(kThreads, 4) sum_strips(HPA_GRID_CONSTANT(ItemTable<Layer, kItems>) table) {
+__global__ void __launch_bounds__(kThreads) sum_strips(HPA_GRID_CONSTANT(ItemTable<Layer, kItems>) table) {
   HPA_SHARED(lane_sums, float[kRowLanes][8][kWarp + 1]);
   HPA_SHARED(inner_scratch, float[kRowLanes]);
   HPA_SHARED(norm_scratch, float[kRowLanes]);
