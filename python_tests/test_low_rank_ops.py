@@ -211,6 +211,18 @@ def test_nothing_outside_an_allocation_is_written(device, monkeypatch):
     guarded.check()
 
 
+def test_autograd_sees_that_a_weight_was_written(device):
+    weight, a, b = case((17, 24, 2), device=device)
+    mask = torch.zeros(24, dtype=torch.bool, device=device)
+    for write in (
+        lambda: low_rank_merge(weight, a, b, 1.0, mask, 0.5, weight),
+        lambda: low_rank_add(weight, a, b, 1.0, None, weight),
+    ):
+        before = weight._version
+        write()
+        assert weight._version > before
+
+
 def test_a_fresh_adapter_changes_nothing(device):
     weight, a, b = case((65, 130, 4), device=device)
     squared, inner, _ = low_rank_scores(weight, a, torch.zeros_like(b), SCALING)

@@ -52,28 +52,24 @@ void scores(Types t, std::int64_t rows, std::int64_t columns, std::int64_t rank,
       norm += old * old;
     }
   }
-  in_every_order(
-      "low_rank_scores",
-      [&](Bytes& bytes) {
-        Guarded squared(static_cast<std::size_t>(columns) * 4), scalars(8);
-        Guarded workspace(hpa::cuda::low_rank_scores_workspace_bytes(rows, columns));
-        const Status status = hpa::cuda::low_rank_scores(
-            c.w.view(), c.update(), {squared.as<float>(), scalars.as<float>(), scalars.as<float>() + 1},
-            workspace.as<void>(), nullptr);
-        CHECK(status.ok(), "%s", status.message);
-        CHECK(squared.intact() && scalars.intact() && workspace.intact(), "guards");
-        for (std::int64_t j = 0; j < columns; ++j) {
-          const std::size_t n = static_cast<std::size_t>(j);
-          CHECK(std::fabs(squared.as<float>()[n] - exact[n]) <= allowed[n],
-                "%s %s %ld x %ld rank %ld column %ld: %g %g", name_of(t.w), name_of(t.a), rows, columns, rank, j,
-                squared.as<float>()[n], exact[n]);
-        }
-        CHECK(std::fabs(scalars.as<float>()[0] - inner) <= 1e-5 * inner_size, "inner product");
-        CHECK(std::fabs(scalars.as<float>()[1] - norm) <= 1e-5 * norm, "norm");
-        append(bytes, squared.as<float>(), static_cast<std::size_t>(columns) * 4);
-        append(bytes, scalars.as<float>(), 8);
-      },
-      2);
+  in_every_order("low_rank_scores", [&](Bytes& bytes) {
+    Guarded squared(static_cast<std::size_t>(columns) * 4), scalars(8);
+    Guarded workspace(hpa::cuda::low_rank_scores_workspace_bytes(rows, columns));
+    const Status status = hpa::cuda::low_rank_scores(
+        c.w.view(), c.update(), {squared.as<float>(), scalars.as<float>(), scalars.as<float>() + 1},
+        workspace.as<void>(), nullptr);
+    CHECK(status.ok(), "%s", status.message);
+    CHECK(squared.intact() && scalars.intact() && workspace.intact(), "guards");
+    for (std::int64_t j = 0; j < columns; ++j) {
+      const std::size_t n = static_cast<std::size_t>(j);
+      CHECK(std::fabs(squared.as<float>()[n] - exact[n]) <= allowed[n], "%s %s %ld x %ld rank %ld column %ld: %g %g",
+            name_of(t.w), name_of(t.a), rows, columns, rank, j, squared.as<float>()[n], exact[n]);
+    }
+    CHECK(std::fabs(scalars.as<float>()[0] - inner) <= 1e-5 * inner_size, "inner product");
+    CHECK(std::fabs(scalars.as<float>()[1] - norm) <= 1e-5 * norm, "norm");
+    append(bytes, squared.as<float>(), static_cast<std::size_t>(columns) * 4);
+    append(bytes, scalars.as<float>(), 8);
+  });
 }
 
 void merge(Types t, std::int64_t rows, std::int64_t columns, std::int64_t rank, std::int64_t gap,
@@ -98,38 +94,34 @@ void merge(Types t, std::int64_t rows, std::int64_t columns, std::int64_t rank, 
       }
     }
   }
-  in_every_order(
-      "low_rank_merge",
-      [&](Bytes& bytes) {
-        GuardedMatrix first = c.w, other(t.w, rows, columns, columns + gap, misaligned), plain = other;
-        GuardedMatrix& out = in_place ? first : other;
-        const Status status =
-            hpa::cuda::low_rank_merge(first.view(), c.update(), mask.data(), axis, &coefficient, out.target(), nullptr);
-        CHECK(status.ok(), "%s", status.message);
-        CHECK(hpa::cuda::low_rank_add(c.w.view(), stored.update(), gain.data(), axis, plain.target(), nullptr).ok(),
-              "add");
-        CHECK(first.intact() && other.intact() && plain.intact(), "guards, %ld x %ld", rows, columns);
-        for (std::int64_t i = 0; i < rows; ++i) {
-          for (std::int64_t j = 0; j < columns; ++j) {
-            const std::uint32_t got = out.bits(i, j);
-            append(bytes, &got, 4);
-            if (mask[static_cast<std::size_t>(by_column ? j : i)] != 0) {
-              CHECK(got == c.w.bits(i, j), "retained at %ld %ld", i, j);
-              continue;
-            }
-            CHECK(got == plain.bits(i, j), "the stored form at %ld %ld", i, j);
-            double error;
-            const double d = c.delta(i, j, &error), kept = c.w.value(i, j) * (1.0f - coefficient);
-            error += 3e-7 * (std::fabs(kept) + std::fabs(d));
-            const double value = decode(t.w, got);
-            CHECK(decode(t.w, encode(t.w, kept + d - error)) <= value &&
-                      value <= decode(t.w, encode(t.w, kept + d + error)),
-                  "%s %s [%ld, %ld] rank %ld at %ld %ld: %g for %g", name_of(t.w), name_of(t.a), rows, columns, rank, i,
-                  j, value, kept + d);
-          }
+  in_every_order("low_rank_merge", [&](Bytes& bytes) {
+    GuardedMatrix first = c.w, other(t.w, rows, columns, columns + gap, misaligned), plain = other;
+    GuardedMatrix& out = in_place ? first : other;
+    const Status status =
+        hpa::cuda::low_rank_merge(first.view(), c.update(), mask.data(), axis, &coefficient, out.target(), nullptr);
+    CHECK(status.ok(), "%s", status.message);
+    CHECK(hpa::cuda::low_rank_add(c.w.view(), stored.update(), gain.data(), axis, plain.target(), nullptr).ok(), "add");
+    CHECK(first.intact() && other.intact() && plain.intact(), "guards, %ld x %ld", rows, columns);
+    for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t j = 0; j < columns; ++j) {
+        const std::uint32_t got = out.bits(i, j);
+        append(bytes, &got, 4);
+        if (mask[static_cast<std::size_t>(by_column ? j : i)] != 0) {
+          CHECK(got == c.w.bits(i, j), "retained at %ld %ld", i, j);
+          continue;
         }
-      },
-      2);
+        CHECK(got == plain.bits(i, j), "the stored form at %ld %ld", i, j);
+        double error;
+        const double d = c.delta(i, j, &error), kept = c.w.value(i, j) * (1.0f - coefficient);
+        error += 3e-7 * (std::fabs(kept) + std::fabs(d));
+        const double value = decode(t.w, got);
+        CHECK(
+            decode(t.w, encode(t.w, kept + d - error)) <= value && value <= decode(t.w, encode(t.w, kept + d + error)),
+            "%s %s [%ld, %ld] rank %ld at %ld %ld: %g for %g", name_of(t.w), name_of(t.a), rows, columns, rank, i, j,
+            value, kept + d);
+      }
+    }
+  });
 }
 
 }  // namespace
