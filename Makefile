@@ -52,7 +52,8 @@ test-cpp: $(VENV)/.dependencies
 # The operations' CUDA cases, their kernels run by the emulator of csrc/tests/cuda_emulation: logic, not hardware.
 test-emulated: install test-cpp
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -m gpu --emulated-cuda=build/cpp/csrc/tests/emulated \
-	  $(foreach op,gram gram_sm90 inverse_diagonal column_scores column_mask project_merge routed_lora low_rank_ops,python_tests/test_$(op).py)
+	  $(foreach op,gram gram_sm90 inverse_diagonal column_scores column_scores_list column_mask column_mask_list \
+  project_merge project_merge_list routed_lora routed_lora_list routed_lora_backward low_rank_ops harmonize_list,python_tests/test_$(op).py)
 
 test-python: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST_ARGS)
