@@ -26,6 +26,7 @@ def cut(units, limit):
 def test_neighbours_are_merged_together_up_to_the_limit():
     units = [unit("a", *[("merge", 4)] * 4, ("merge", 11), ("merge", 11)), unit("b", ("merge", 4), ("merge", 4))]
     assert cut(units, 11) == [["a.0", "a.1"], ["a.2", "a.3"], ["a.4"], ["a.5"], ["b.0", "b.1"]]
+    assert cut(units, None) == cut(units, 11), "the largest weight sets the limit"
     assert cut(units, 0) == [[f"a.{i}"] for i in range(6)] + [["b.0"], ["b.1"]]
 
 

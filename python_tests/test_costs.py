@@ -183,16 +183,17 @@ def test_the_pool_is_that_of_the_buffers(seed):
     items = []
     for _ in range(40):
         size = sizes[int(torch.randint(len(sizes), (), generator=generator))]
-        items.append([size] * (1 + int(torch.randint(2, (), generator=generator))))
+        tensors, weights = (1 + int(torch.randint(2, (), generator=generator)) for _ in range(2))
+        items.append([[size] * tensors] * weights)
     pool = Buffers()
     computed, written = [], []
     for item in items:
-        taken = [pool.take([size], torch.uint8) for size in item]
-        pool.release(*written, *computed[:-1])
-        written, computed = computed[-1:], taken
+        taken = [[pool.take([size], torch.uint8) for size in sizes] for sizes in item]
+        pool.release(*written, *(tensor for weight in computed for tensor in weight[:-1]))
+        written, computed = [weight[-1] for weight in computed], taken
     held = sum(buffer.numel() for buffer in [*pool._free, *pool._taken.values()])
     assert memory.pipeline_pool(items) == held
-    assert memory.pipeline_pool([[10, 10]] * 9) == 50 and memory.pipeline_pool([[10]] * 9) == 30
+    assert memory.pipeline_pool([[[10, 10]]] * 9) == 50 and memory.pipeline_pool([[[10]]] * 9) == 30
     assert memory.pipeline_pool([]) == 0
 
 

@@ -26,13 +26,13 @@ def inverse_diagonal_of_rows(tokens: int, width: int, itemsize: int) -> int:
     return tokens * width * itemsize + _FLOAT32 * tokens**2 * 3 // 2
 
 
-def pipeline_pool(items: Iterable[Sequence[int]]) -> int:
+def pipeline_pool(items: Iterable[Sequence[Sequence[int]]]) -> int:
     """The pool of buffers of a run over weights, when all of them have gone through.
 
     Args:
-        items: of each item, in order, the bytes of the tensors that are read for it, the last of which becomes the
-            result: while an item is read, the one before it is computed with, and the result of the one before that is
-            written.
+        items: what goes through at once, in order; of each its weights, and of each weight the bytes of the tensors
+            that are read for it, the last of which becomes the result. While an item is read, the one before it is
+            computed with, and the results of the one before that are written.
 
     A buffer is used again for what fits into it and never becomes larger (hpa_ext/checkpoints/buffers.py), so that a
     model whose tensors grow along the way takes more than several times its largest one. In a run its threads
@@ -40,20 +40,22 @@ def pipeline_pool(items: Iterable[Sequence[int]]) -> int:
     """
     free: list[int] = []
     total = 0
-    computed: list[int] = []
+    computed: list[list[int]] = []
     written: list[int] = []
-    for sizes in items:
-        taken = []
-        for size in sizes:
-            fitting = [buffer for buffer in free if buffer >= size]
-            buffer = min(fitting, default=size)
-            if fitting:
-                free.remove(buffer)
-            else:
-                total += size
-            taken.append(buffer)
-        free += written + computed[:-1]
-        written, computed = computed[-1:], taken
+    for weights in items:
+        taken: list[list[int]] = []
+        for sizes in weights:
+            taken.append([])
+            for size in sizes:
+                fitting = [buffer for buffer in free if buffer >= size]
+                buffer = min(fitting, default=size)
+                if fitting:
+                    free.remove(buffer)
+                else:
+                    total += size
+                taken[-1].append(buffer)
+        free += written + [buffer for weight in computed for buffer in weight[:-1]]
+        written, computed = [weight[-1] for weight in computed], taken
     return total
 
 

@@ -37,11 +37,14 @@ class Bundle:
         return sum(piece.nbytes for piece in self.pieces)
 
 
-def bundles(units: Iterable[Unit], limit: int) -> Iterator[Bundle]:
+def bundles(units: Iterable[Unit], limit: int | None = None) -> Iterator[Bundle]:
     """The pieces of the units in order; of those that are merged, neighbours of at most `limit` bytes together.
 
-    With the bytes of the largest weight as the limit, no more memory is taken than that weight alone takes.
+    The limit is that of the largest weight where none is given: no more memory is taken than that weight alone takes.
     """
+    units = list(units)
+    if limit is None:
+        limit = max((piece.nbytes for unit in units for piece in unit.pieces if piece.kind == "merge"), default=0)
     for unit in units:
         for is_merged, run in groupby(unit.pieces, key=lambda piece: piece.kind == "merge"):
             pieces = list(run)

@@ -18,6 +18,7 @@ from hpa_ext.costs.disk import DiskRates, measure_disk
 from hpa_ext.costs.samples import inverse_diagonal_rates
 from hpa_ext.gram_diagonal import GramDiagonal
 from hpa_ext.hpa.checkpoint.arguments import input_paths, usable_device
+from hpa_ext.hpa.checkpoint.bundles import bundles
 from hpa_ext.hpa.checkpoint.checkpoint_output import ROOM_BESIDE
 from hpa_ext.hpa.checkpoint.grams import GramSource, leaders
 from hpa_ext.hpa.checkpoint.job import Job, prepare
@@ -197,10 +198,11 @@ def _merging_memory(job: Job) -> int:
 def pool_bytes(job: Job) -> int:
     """The buffers of a run that writes a checkpoint."""
     items = []
-    for unit in cut(job.source, job.kind_of()):
-        for piece in unit.pieces:
+    for bundle in bundles(cut(job.source, job.kind_of())):
+        items.append([])
+        for piece in bundle.pieces:
             is_dense = piece.kind == "merge" and rank_of(job, piece.module) is None
-            items.append([piece.nbytes] * (2 if is_dense else 1))
+            items[-1].append([piece.nbytes] * (2 if is_dense else 1))
     return memory.pipeline_pool(items)
 
 

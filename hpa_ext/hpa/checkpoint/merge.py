@@ -48,8 +48,7 @@ class MergeRun:
 
     def run(self, units: Sequence[Unit]) -> None:
         """Make these units."""
-        largest = max((piece.nbytes for unit in units for piece in unit.pieces if piece.kind == "merge"), default=0)
-        run_pipeline(bundles(units, largest), self._read, self._compute, self._write)
+        run_pipeline(bundles(units), self._read, self._compute, self._write)
 
     def _read(self, bundle: Bundle) -> list[WeightUpdate | Tensor]:
         return [self._read_piece(piece) for piece in bundle.pieces]
