@@ -72,7 +72,18 @@ def routed_lora(dtype):
     return lambda: (ops.routed_lora(x, a, b, weights, scaling),)
 
 
-OPERATIONS = [gram, inverse_diagonal, column_scores, column_mask, project_merge, routed_lora]
+def low_rank(dtype):
+    a, b = normal(9, COLUMNS, dtype=dtype), normal(ROWS, 9, dtype=dtype)
+    # Along the update, so that the inner product does not cancel to a number as small as its rounding.
+    weight = (normal(ROWS, COLUMNS) + b.float() @ a.float()).to(dtype)
+    mask = torch.rand(COLUMNS) < 0.2
+    return lambda: (
+        *ops.low_rank_scores(weight, a, b, 0.5),
+        ops.low_rank_merge(weight, a, b, 0.5, mask, 0.137),
+    )
+
+
+OPERATIONS = [gram, inverse_diagonal, column_scores, column_mask, project_merge, routed_lora, low_rank]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
