@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import GuardedAllocations, assert_same_bits, normal, refuses
+from helpers import GuardedAllocations, assert_same_bits, is_native, normal, refuses
 from layer_lists import laid_out, weight_pairs
 
 from hpa_ext.ops import column_scores, column_scores_list
@@ -107,6 +107,8 @@ def test_float64_for_some_layers_only(place):
 
 
 def test_the_thread_count_changes_nothing():
+    if not is_native("column_scores"):
+        pytest.skip("torch's own sums may depend on the number of threads")
     w_old, w_new = weight_pairs(torch.device("cpu"), shapes=[(700, 300), (300, 5000), (129, 65)])
     results = []
     for threads in (1, 2, 3):

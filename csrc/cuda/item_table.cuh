@@ -51,13 +51,14 @@ __device__ __forceinline__ int item_of(const ItemTable<Item, kItems>& table, uns
 }
 
 template <int kItems, class Item, class Blocks, class Launch>
-Status launch_tables(const Item* items, int count, Blocks&& blocks_of, Launch&& launch_table) {
+Status launch_tables(const Item* items, int count, Blocks&& blocks_of, Launch&& launch_table,
+                     std::int64_t most_blocks) {
   static_assert(sizeof(ItemTable<Item, kItems>) <= kParameterBytes);
   ItemTable<Item, kItems> table{};
   std::int64_t total = 0;
   for (int i = 0; i <= count; ++i) {
     const std::int64_t blocks = i < count ? blocks_of(items[i]) : 0;
-    if (table.count > 0 && (i == count || total + blocks > kMaximumGrid)) {
+    if (table.count > 0 && (i == count || total + blocks > most_blocks)) {
       HPA_RETURN_UNLESS_OK(launch_table(table, grid_of(total)));
       table.count = 0;
       total = 0;
@@ -71,11 +72,12 @@ Status launch_tables(const Item* items, int count, Blocks&& blocks_of, Launch&& 
 }
 
 // Calls launch_table(table, grid) for tables of all `count` items, at most kManyItems, that have blocks: once, unless
-// there are more blocks than a grid holds. blocks_of(item) is at most kMaximumGrid.
+// there are more blocks than a grid holds. blocks_of(item) is at most most_blocks.
 template <class Item, class Blocks, class Launch>
-Status launch_items(const Item* items, int count, Blocks&& blocks_of, Launch&& launch_table) {
-  if (count <= kFewItems) return launch_tables<kFewItems>(items, count, blocks_of, launch_table);
-  return launch_tables<kManyItems>(items, count, blocks_of, launch_table);
+Status launch_items(const Item* items, int count, Blocks&& blocks_of, Launch&& launch_table,
+                    std::int64_t most_blocks = kMaximumGrid) {
+  if (count <= kFewItems) return launch_tables<kFewItems>(items, count, blocks_of, launch_table, most_blocks);
+  return launch_tables<kManyItems>(items, count, blocks_of, launch_table, most_blocks);
 }
 
 // Calls function(TypeTag<element type>, BoolTag<vectorized>) inside a kernel that serves every kind of item; the branch

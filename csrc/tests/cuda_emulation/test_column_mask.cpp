@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "cuda/item_table.cuh"
 #include "test_support.h"
 
 using namespace test;
@@ -103,9 +104,39 @@ void list(int count, int launches) {
   }
 }
 
+// Items cut into several launches where their blocks do not fit into one grid: every block of every item, once.
+void cut_grids() {
+  for (const int count : {3, 16, 17, 100}) {
+    std::vector<int> items;
+    std::int64_t total = 0;
+    for (int i = 0; i < count; ++i) items.push_back(i % 5 == 3 ? 0 : 1 + i % 7), total += items.back();
+    std::vector<int> seen;  // the item of every block, in order
+    int launches = 0;
+    const Status status = hpa::cuda::launch_items(
+        items.data(), count, [](int blocks) { return std::int64_t{blocks}; },
+        [&](const auto& table, dim3 grid) {
+          ++launches;
+          CHECK(grid.x <= 10 && grid.x > 0, "%u blocks", grid.x);
+          for (unsigned block = 0; block < grid.x; ++block) {
+            const int index = hpa::cuda::item_of(table, block);
+            const unsigned own = block - table.first_block[index];
+            CHECK(own < static_cast<unsigned>(table.items[index]), "block %u of %d", own, table.items[index]);
+            if (own == 0) seen.push_back(table.items[index]);
+            --total;
+          }
+          return Status{};
+        },
+        10);
+    items.erase(std::remove(items.begin(), items.end(), 0), items.end());
+    CHECK(status.ok() && seen == items && total == 0, "%d items", count);
+    CHECK(launches > 1 || count == 3, "%d items in %d launches", count, launches);
+  }
+}
+
 }  // namespace
 
 int main() {
+  cut_grids();
   list(5, 1);
   list(40, 1);
   list(300, 2);
