@@ -19,7 +19,6 @@ _FEWEST_REPEATS = 7
 _MOST_REPEATS = 101
 _SHORTEST_SAMPLE_S = 2e-4  # shorter calls are timed several at a time on the CPU
 _MOST_CALLS = 100
-_SETTLING_S = 0.01
 _UNKNOWN_CPU_CACHE = 32 << 20
 
 
@@ -116,9 +115,6 @@ class _CpuClock:
         return min(max(1, math.ceil(_SHORTEST_SAMPLE_S / max(elapsed, 1e-7))), _MOST_CALLS)
 
     def time_ms(self, call: Call, index: itertools.count, calls: int) -> float:
-        # OpenMP's threads go on spinning for some milliseconds after torch's last parallel region; they would hold a
-        # core that the other side's threads are to run on.
-        time.sleep(_SETTLING_S)
         start = time.perf_counter()
         for _ in range(calls):
             call(next(index))
