@@ -9,15 +9,15 @@ import torch
 
 from hpa_ext import Gram, HPAConfig, calibrate, ops
 from hpa_ext.costs import Rates, Work, work
-from hpa_ext.costs.samples import filled, forward_rates, gram_rates, inverse_diagonal_rates, rows_rates
+from hpa_ext.costs.samples import forward_rates, gram_rates, inverse_diagonal_rates, rows_rates
 from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import GramDiagonal
 from hpa_ext.gram_sum import copy_rows, squares_stay_finite
-from hpa_ext.hpa.checkpoint.samples import module_work, update_rates
+from hpa_ext.hpa.checkpoint.samples import filled_update, module_work, update_rates
 from hpa_ext.hpa.layer_plan import merge_updates
 from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.hpa.plan import plan_update
-from hpa_ext.hpa.update import DenseUpdate, WeightUpdate
+from hpa_ext.hpa.update import WeightUpdate
 
 from .cost_inputs import VOCABULARY, inner_width, linears
 from .cost_point import Point
@@ -152,13 +152,7 @@ def _layer_rates(rank: int | None) -> Rates:
 def _layer_point(
     phase: str, series: str, variable: str, value: int, width: int, rank: int | None, rates: Rates
 ) -> Point:
-    old = filled((width, width), _BFLOAT16)
-    update: WeightUpdate
-    if rank is None:
-        update = DenseUpdate(old, filled((width, width), _BFLOAT16, shift=11))
-    else:
-        a, b = filled((rank, width), torch.float32), filled((width, rank), torch.float32, shift=11)
-        update = LowRankUpdate(old, a, b, 0.01)
+    update = filled_update(width, width, rank, _BFLOAT16)
     predicted = rates.seconds(module_work(width, width, 2, rank, merges=True))
     return Point(phase, series, variable, value, _seconds(lambda: _harmonize(update)), predicted)
 

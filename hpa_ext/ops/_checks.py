@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hpa_ext import reference
+
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -55,3 +57,20 @@ def check_weight_pair(w_old: Tensor, w_new: Tensor, of: str = "") -> None:
 def is_number(value: object) -> bool:
     """A real number that is not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_axis(axis: object) -> None:
+    """Along which dimension of a weight a mask or a gain runs."""
+    if axis not in ("input", "output"):
+        raise ValueError(f'axis: expected "input" or "output", got {axis!r}')
+
+
+def as_coefficient(coefficient: float | Tensor, w_old: Tensor) -> Tensor:
+    """A projection coefficient as a scalar of the weight's compute dtype, on its device."""
+    dtype = reference.compute_dtype(w_old)
+    if is_number(coefficient) or isinstance(coefficient, torch.SymFloat):
+        return torch.full((), coefficient, dtype=dtype, device=w_old.device)
+    if not isinstance(coefficient, Tensor) or coefficient.numel() != 1:
+        raise TypeError(f"coefficient: expected a number or a tensor of one element, got {describe(coefficient)}")
+    check_same("coefficient", coefficient, "w_old", w_old, dtype=False)
+    return coefficient.detach().to(dtype).reshape(())

@@ -19,13 +19,20 @@ from hpa_ext.ops._backend import (
     use_torch_threads,
     workspace,
 )
-from hpa_ext.ops._checks import WEIGHT_DTYPES, check_same, check_shape, check_tensor, describe, is_number
+from hpa_ext.ops._checks import (
+    WEIGHT_DTYPES,
+    as_coefficient,
+    check_axis,
+    check_same,
+    check_shape,
+    check_tensor,
+    describe,
+    is_number,
+)
 from hpa_ext.ops._library import register
 
 LOW_RANK_DTYPES = WEIGHT_DTYPES
 """What a weight, A and B may be stored in; float64 of any of them is served by torch."""
-
-_AXES = ("input", "output")
 
 
 def low_rank_scores(w_old: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +96,7 @@ def low_rank_merge(
     """
     scaling = _as_scaling(scaling)
     check_tensor("w_old", w_old, "[out, in]", 2, WEIGHT_DTYPES)  # the coefficient takes its dtype and device from it
-    coefficient = _as_coefficient(coefficient, w_old)
+    coefficient = as_coefficient(coefficient, w_old)
     if is_traced(w_old, a, b, mask, coefficient, out):
         arguments = (w_old.detach(), a.detach(), b.detach(), scaling, mask, coefficient, axis)
         if out is None:
@@ -155,16 +162,6 @@ def _as_scaling(scaling: float) -> float:
     return float(scaling) if is_number(scaling) else scaling
 
 
-def _as_coefficient(coefficient: float | Tensor, w_old: Tensor) -> Tensor:
-    dtype = reference.compute_dtype(w_old)
-    if is_number(coefficient) or isinstance(coefficient, torch.SymFloat):
-        return torch.full((), coefficient, dtype=dtype, device=w_old.device)
-    if not isinstance(coefficient, Tensor) or coefficient.numel() != 1:
-        raise TypeError(f"coefficient: expected a number or a tensor of one element, got {describe(coefficient)}")
-    check_same("coefficient", coefficient, "w_old", w_old, dtype=False)
-    return coefficient.detach().to(dtype).reshape(())
-
-
 def _check_factors(name: str, weight: Tensor, a: Tensor, b: Tensor) -> None:
     check_tensor(name, weight, "[out, in]", 2, WEIGHT_DTYPES)
     check_tensor("a", a, "[r, in]", 2, WEIGHT_DTYPES)
@@ -176,8 +173,7 @@ def _check_factors(name: str, weight: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _check_out(name: str, weight: Tensor, axis: str, out: Tensor) -> None:
-    if axis not in _AXES:
-        raise ValueError(f'axis: expected "input" or "output", got {axis!r}')
+    check_axis(axis)
     check_tensor("out", out, "[out, in]", 2)
     check_shape("out", out, tuple(weight.shape), f"like {name}")
     check_same("out", out, name, weight)

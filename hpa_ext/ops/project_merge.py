@@ -20,16 +20,14 @@ from hpa_ext.ops._backend import (
 )
 from hpa_ext.ops._checks import (
     WEIGHT_DTYPES,
+    as_coefficient,
+    check_axis,
     check_same,
     check_shape,
     check_tensor,
     check_weight_pair,
-    describe,
-    is_number,
 )
 from hpa_ext.ops._library import register
-
-_AXES = ("input", "output")
 
 
 def project_merge(
@@ -63,7 +61,7 @@ def project_merge(
     Each weight is read once, and the result written once. HPA (CVPR 2026), section 3.3. Not differentiable.
     """
     check_tensor("w_old", w_old, "[out, in]", 2, WEIGHT_DTYPES)  # the coefficient takes its dtype and device from it
-    coefficient = _as_coefficient(coefficient, w_old)
+    coefficient = as_coefficient(coefficient, w_old)
     if is_traced(w_old, w_new, mask, coefficient, out):
         if out is None:
             return torch.ops.hpa_ext.project_merge(w_old.detach(), w_new.detach(), mask, coefficient, axis)
@@ -75,20 +73,9 @@ def project_merge(
     return out
 
 
-def _as_coefficient(coefficient: float | Tensor, w_old: Tensor) -> Tensor:
-    dtype = reference.compute_dtype(w_old)
-    if is_number(coefficient) or isinstance(coefficient, torch.SymFloat):
-        return torch.full((), coefficient, dtype=dtype, device=w_old.device)
-    if not isinstance(coefficient, Tensor) or coefficient.numel() != 1:
-        raise TypeError(f"coefficient: expected a number or a tensor of one element, got {describe(coefficient)}")
-    check_same("coefficient", coefficient, "w_old", w_old, dtype=False)
-    return coefficient.detach().to(dtype).reshape(())
-
-
 def _check(w_old: Tensor, w_new: Tensor, mask: Tensor, coefficient: Tensor, axis: str, out: Tensor) -> None:
     check_weight_pair(w_old, w_new)
-    if axis not in _AXES:
-        raise ValueError(f'axis: expected "input" or "output", got {axis!r}')
+    check_axis(axis)
     check_tensor("mask", mask, f"[{axis} columns]", 1, (torch.bool,))
     length = w_old.shape[1] if axis == "input" else w_old.shape[0]
     check_shape("mask", mask, (length,), f"for axis {axis!r} of w_old {list(w_old.shape)}")

@@ -20,11 +20,9 @@ from hpa_ext.ops._backend import (
     unit_stride,
     use_torch_threads,
 )
-from hpa_ext.ops._checks import check_same, check_shape, check_tensor
+from hpa_ext.ops._checks import check_axis, check_same, check_shape, check_tensor
 from hpa_ext.ops._library import register
 from hpa_ext.ops._lists import as_list, check_apart, check_weight_lists
-
-_AXES = ("input", "output")
 
 
 def project_merge_list(
@@ -91,8 +89,7 @@ def _check_rest(
     w_old: list[Tensor], masks: list[Tensor], coefficients: Tensor, axis: str, outs: list[Tensor] | None
 ) -> None:
     """Everything but the weights, which have been checked."""
-    if axis not in _AXES:
-        raise ValueError(f'axis: expected "input" or "output", got {axis!r}')
+    check_axis(axis)
     as_list("masks", masks, len(w_old), "w_old")
     dimension = 1 if axis == "input" else 0
     for i, (old, mask) in enumerate(zip(w_old, masks, strict=True)):

@@ -137,15 +137,18 @@ def _update_sample(
     harmonize: Callable[[WeightUpdate], object],
     merges: bool,
 ) -> Sample:
-    old = filled((rows, columns), dtype)
-    update: WeightUpdate
-    if rank is None:
-        update = DenseUpdate(old, filled((rows, columns), dtype, shift=77))
-    else:
-        a, b = filled((rank, columns), torch.float32), filled((rows, rank), torch.float32, shift=77)
-        update = LowRankUpdate(old, a, b, 0.01)
-    counted = module_work(rows, columns, old.element_size(), rank, merges=merges)
+    update = filled_update(rows, columns, rank, dtype)
+    counted = module_work(rows, columns, dtype.itemsize, rank, merges=merges)
     return counted, shortest_seconds(lambda: harmonize(update))
+
+
+def filled_update(rows: int, columns: int, rank: int | None, dtype: torch.dtype) -> WeightUpdate:
+    """The update of a made-up weight, dense where the rank is None."""
+    old = filled((rows, columns), dtype)
+    if rank is None:
+        return DenseUpdate(old, filled((rows, columns), dtype, shift=77))
+    a, b = filled((rank, columns), torch.float32), filled((rows, rank), torch.float32, shift=77)
+    return LowRankUpdate(old, a, b, 0.01)
 
 
 def read_stage(job: Job, nbytes: float) -> Stage:
