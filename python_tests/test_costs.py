@@ -119,7 +119,7 @@ def test_low_rank_counts_are_those_of_its_products(rows, columns, rank):
 def test_low_rank_counts_are_those_that_torch_makes_where_it_serves():
     rows, columns, rank = 1500, 64, 8
     update = LowRankUpdate(torch.randn(rows, columns), torch.randn(rank, columns), torch.randn(rows, rank), 2.0)
-    if update.backend()["column_scores"] != "torch":
+    if update.backend()["low_rank"] != "torch":
         pytest.skip("a native kernel serves low-rank updates, whose operations torch cannot count")
     with FlopCounterMode(display=False) as flops:
         update.column_sums()

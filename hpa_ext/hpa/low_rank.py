@@ -79,9 +79,9 @@ class LowRankUpdate:
         raise NumericalError("the weights are too large: their squares overflow float32")
 
     def backend(self) -> dict[str, str]:
-        """Which backend serves the sums and the merge."""
+        """Which backend serves the sums and the merge: one operation for both."""
         served = ops.low_rank_backend(self.old, *self._factors())
-        return {"column_scores": served, "project_merge": served}
+        return {"low_rank": served}
 
     def merge(
         self, selection: Selection, coefficient: Tensor, granularity: str = "input", out: Tensor | None = None

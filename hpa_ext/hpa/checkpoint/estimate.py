@@ -212,7 +212,7 @@ def _beside(job: Job, module: str) -> int:
     if rank is None:
         return 0
     one = torch.zeros(1, 1, dtype=dtype_of(job, module))
-    native = LowRankUpdate(one, one, one, 1.0).backend()["column_scores"] == "native"
+    native = LowRankUpdate(one, one, one, 1.0).backend()["low_rank"] == "native"
     return memory.low_rank_scratch(*job.linears[module].base_weight().shape, rank, native=native)
 
 
