@@ -195,7 +195,7 @@ def test_the_pool_is_that_of_the_buffers(seed):
 
 _PEAK = """
 import json, sys, torch
-from hpa_ext import ops, reference
+from hpa_ext import ops
 torch.set_num_threads(1)
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key + ":"))
@@ -238,12 +238,17 @@ def test_measured_rates_predict_another_width(factor):
 
 
 def test_every_rate_can_be_measured():
-    for rates in (
-        samples.rows_rates(1024, torch.bfloat16), samples.cholesky_rates(1024, 3, CPU),
-        samples.solve_rates(1024, 8, CPU), samples.product_rates(1024, 8, CPU), samples.energy_rates(8, CPU),
-        samples.forward_rates(1024, 16, torch.float32, CPU),
-    ):  # fmt: skip
-        assert rates.per_byte + rates.per_operation > 0
+    for measure in (
+        lambda: samples.rows_rates(1024, torch.bfloat16),
+        lambda: samples.cholesky_rates(1024, 3, CPU),
+        lambda: samples.solve_rates(1024, 8, CPU),
+        lambda: samples.product_rates(1024, 8, CPU),
+        lambda: samples.energy_rates(8, CPU),
+        lambda: samples.forward_rates(1024, 16, torch.float32, CPU),
+    ):
+        # Where something else took the processor from the small sample, the large one seems to cost no more.
+        tries = (measure() for _ in range(5))
+        assert any(rates.per_byte + rates.per_operation > 0 for rates in tries)
     assert work.forward(100, 7, 2) == Work(1, 200, 1400)
 
 
