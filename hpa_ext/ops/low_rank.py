@@ -22,14 +22,10 @@ from hpa_ext.ops._backend import (
 from hpa_ext.ops._checks import (
     WEIGHT_DTYPES,
     as_coefficient,
-    check_axis,
-    check_same,
-    check_shape,
     check_tensor,
-    describe,
-    is_number,
 )
 from hpa_ext.ops._library import register
+from hpa_ext.ops._low_rank_checks import as_scaling, check_add, check_factors, check_merge
 
 LOW_RANK_DTYPES = WEIGHT_DTYPES
 """What a weight, A and B may be stored in; float64 of any of them is served by torch."""
@@ -57,7 +53,7 @@ def low_rank_scores(w_old: Tensor, a: Tensor, b: Tensor, scaling: float) -> tupl
     order that does not depend on the thread count. Numerators of HPA's scores (CVPR 2026, section 3.1) and of its
     projection (3.3). Not differentiable.
     """
-    scaling = _as_scaling(scaling)
+    scaling = as_scaling(scaling)
     if is_traced(w_old, a, b):
         return torch.ops.hpa_ext.low_rank_scores(w_old.detach(), a.detach(), b.detach(), scaling)
     return _low_rank_scores(w_old, a, b, scaling)
@@ -94,7 +90,7 @@ def low_rank_merge(
 
     The weight is read once, and the result written once. HPA (CVPR 2026), section 3.3. Not differentiable.
     """
-    scaling = _as_scaling(scaling)
+    scaling = as_scaling(scaling)
     check_tensor("w_old", w_old, "[out, in]", 2, WEIGHT_DTYPES)  # the coefficient takes its dtype and device from it
     coefficient = as_coefficient(coefficient, w_old)
     if is_traced(w_old, a, b, mask, coefficient, out):
@@ -138,7 +134,7 @@ def low_rank_add(
 
     Not differentiable.
     """
-    scaling = _as_scaling(scaling)
+    scaling = as_scaling(scaling)
     check_tensor("weight", weight, "[out, in]", 2, WEIGHT_DTYPES)  # the result takes its shape from it
     if out is None:
         out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
@@ -154,55 +150,6 @@ def low_rank_backend(w_old: Tensor, a: Tensor, b: Tensor) -> str:
     """What serves these operations for tensors of these dtypes on this device: "native" or "torch"."""
     native = all(backend_of("low_rank", t) == "native" for t in (w_old, a, b))
     return "native" if native else "torch"
-
-
-def _as_scaling(scaling: float) -> float:
-    if isinstance(scaling, Tensor) or not (is_number(scaling) or isinstance(scaling, torch.SymFloat)):
-        raise TypeError(f"scaling: expected a number, got {describe(scaling)}")
-    return float(scaling) if is_number(scaling) else scaling
-
-
-def _check_factors(name: str, weight: Tensor, a: Tensor, b: Tensor) -> None:
-    check_tensor(name, weight, "[out, in]", 2, WEIGHT_DTYPES)
-    check_tensor("a", a, "[r, in]", 2, WEIGHT_DTYPES)
-    check_tensor("b", b, "[out, r]", 2, WEIGHT_DTYPES)
-    check_shape("a", a, (a.shape[0], weight.shape[1]), f"for {name} {list(weight.shape)}")
-    check_shape("b", b, (weight.shape[0], a.shape[0]), f"for {name} {list(weight.shape)} and a {list(a.shape)}")
-    check_same("a", a, name, weight, dtype=False)
-    check_same("b", b, name, weight, dtype=False)
-
-
-def _check_out(name: str, weight: Tensor, axis: str, out: Tensor) -> None:
-    check_axis(axis)
-    check_tensor("out", out, "[out, in]", 2)
-    check_shape("out", out, tuple(weight.shape), f"like {name}")
-    check_same("out", out, name, weight)
-
-
-def _along(name: str, value: Tensor, weight_name: str, weight: Tensor, axis: str, dtype: torch.dtype) -> None:
-    check_tensor(name, value, f"[{axis} columns]", 1, (dtype,))
-    length = weight.shape[1] if axis == "input" else weight.shape[0]
-    check_shape(name, value, (length,), f"for axis {axis!r} of {weight_name} {list(weight.shape)}")
-    check_same(name, value, weight_name, weight, dtype=False)
-
-
-def _check_merge(
-    w_old: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Tensor, coefficient: Tensor, axis: str, out: Tensor
-) -> None:
-    _check_factors("w_old", w_old, a, b)
-    _check_out("w_old", w_old, axis, out)
-    _along("mask", mask, "w_old", w_old, axis, torch.bool)
-    check_tensor("coefficient", coefficient, "[]", 0, (reference.compute_dtype(w_old),))
-    check_same("coefficient", coefficient, "w_old", w_old, dtype=False)
-
-
-def _check_add(
-    weight: Tensor, a: Tensor, b: Tensor, scaling: float, gain: Tensor | None, axis: str, out: Tensor
-) -> None:
-    _check_factors("weight", weight, a, b)
-    _check_out("weight", weight, axis, out)
-    if gain is not None:
-        _along("gain", gain, "weight", weight, axis, reference.compute_dtype(weight))
 
 
 class _Native:
@@ -271,7 +218,7 @@ def _low_rank_scores(w_old: Tensor, a: Tensor, b: Tensor, scaling: float) -> tup
 
 
 def _fake_scores(w_old: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    _check_factors("w_old", w_old, a, b)
+    check_factors("w_old", w_old, a, b)
     dtype, device = reference.compute_dtype(w_old), w_old.device
     column = torch.empty(w_old.shape[1], dtype=dtype, device=device)
     return column, torch.empty((), dtype=dtype, device=device), torch.empty((), dtype=dtype, device=device)
@@ -289,14 +236,14 @@ def _fake_merge(
     w_old: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Tensor, coefficient: Tensor, axis: str
 ) -> Tensor:
     out = torch.empty(w_old.shape, dtype=w_old.dtype, device=w_old.device)
-    _check_merge(w_old, a, b, scaling, mask, coefficient, axis, out)
+    check_merge(w_old, a, b, scaling, mask, coefficient, axis, out)
     return out
 
 
 def _low_rank_merge_out(
     w_old: Tensor, a: Tensor, b: Tensor, scaling: float, mask: Tensor, coefficient: Tensor, axis: str, out: Tensor
 ) -> None:
-    _check_merge(w_old, a, b, scaling, mask, coefficient, axis, out)
+    check_merge(w_old, a, b, scaling, mask, coefficient, axis, out)
     if out.numel() == 0:
         return
     if low_rank_backend(w_old, a, b) == "torch":
@@ -316,7 +263,7 @@ def _low_rank_merge_out(
 def _low_rank_add_out(
     weight: Tensor, a: Tensor, b: Tensor, scaling: float, gain: Tensor | None, axis: str, out: Tensor
 ) -> None:
-    _check_add(weight, a, b, scaling, gain, axis, out)
+    check_add(weight, a, b, scaling, gain, axis, out)
     if out.numel() == 0:
         return
     if low_rank_backend(weight, a, b) == "torch":
@@ -347,10 +294,10 @@ register(
     "low_rank_merge_out(Tensor w_old, Tensor a, Tensor b, float scaling, Tensor mask, Tensor coefficient, str axis,"
     " Tensor(a!) out) -> ()",
     _low_rank_merge_out,
-    _check_merge,
+    check_merge,
 )
 register(
     "low_rank_add_out(Tensor weight, Tensor a, Tensor b, float scaling, Tensor? gain, str axis, Tensor(a!) out) -> ()",
     _low_rank_add_out,
-    _check_add,
+    check_add,
 )
