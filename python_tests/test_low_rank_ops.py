@@ -235,7 +235,9 @@ def test_a_fresh_adapter_changes_nothing(device):
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0, 0)], ids=str)
 def test_weights_without_elements(device, dtype, rank, shape):
-    weight, a, b = (torch.ones(size, dtype=dtype, device=device) for size in (shape, (rank, shape[1]), (shape[0], rank)))
+    weight, a, b = (
+        torch.ones(size, dtype=dtype, device=device) for size in (shape, (rank, shape[1]), (shape[0], rank))
+    )
     squared, inner, norm = ops.low_rank_scores(weight, a, b, 0.5)
     assert squared.tolist() == [0.0] * shape[1]
     assert (float(inner), float(norm)) == (0.0, 0.0)
