@@ -166,6 +166,24 @@ def test_a_weight_that_is_its_own_old_one_is_refused():
     assert torch.equal(news[0], kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_that_share_memory_are_refused_before_any_is_written(dtype):
+    """Float64 layers are merged after the others, so what is wrong with them must be known before."""
+    olds, news, grams = make_layers(shapes=[(48, 64, torch.float32)] + [(48, 64, dtype)] * 2)
+    wide = torch.cat([news[2], news[2][:4]])
+    for old, new, text in (
+        (olds, [*news[:2], news[1]], r"^layers\[2\]: layer_new: overlaps layer_new of layers\[1\]"),
+        ([*olds[:2], news[1]], news, r"^layers\[1\]: layer_new: overlaps layer_old of layers\[2\]"),
+        ([*olds[:2], wide[:48]], [*news[:2], wide[4:]], r"^layers\[2\]: layer_new: is the same memory as layer_old"),
+        (olds, [*news[:2], news[2][:1].expand(48, 64)], r"^layers\[2\]: layer_new: expected elements apart"),
+    ):
+        before = [weight.clone() for weight in (*old, *new)]
+        with pytest.raises(ValueError, match=text):
+            harmonize_(old, new, grams)
+        for weight, kept in zip((*old, *new), before, strict=True):
+            assert torch.equal(weight, kept)
+
+
 def test_the_compromise_takes_one_layer():
     olds, news, grams = make_layers(shapes=[(48, 64, torch.float32)] * 2)
     with pytest.raises(TypeError, match="layer_old: expected a Tensor"):

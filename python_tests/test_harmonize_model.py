@@ -294,3 +294,63 @@ def test_models_that_do_not_differ_are_remarked_on():
     text = "no weight differs between the old and the new model"
     assert text in str(harmonize_model(old, copy.deepcopy(old), safety, task, progress=False))
     assert text not in str(harmonize_model(old, new, safety, task, progress=False))
+
+
+PARTS = {
+    "overlapping rows": lambda t: (t[:24, :16], t[12:36, :16]),
+    "columns": lambda t: (t[:24, :16], t[:24, 16:]),
+    "columns of a transposed tensor": lambda t: (t.mT[:16, :24].mT, t.mT[:16, 24:48].mT),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("batch_bytes", [1, 1 << 30])
+def test_weights_that_are_parts_of_one_tensor(monkeypatch, kind, batch_bytes):
+    """Whether they go through together or not: refused before the first is written if they share an element."""
+    import hpa_ext.hpa.model as module
+
+    monkeypatch.setattr(module, "BATCH_BYTES", batch_bytes)
+    torch.manual_seed(0)
+    new = torch.nn.ModuleDict({name: torch.nn.Linear(16, 24, bias=False) for name in "abc"})
+    old, apart = copy.deepcopy(new), copy.deepcopy(new)
+    for name, part in zip("ab", PARTS[kind](torch.randn(64, 32)), strict=True):
+        new[name].weight.data = part
+        apart[name].weight.data = part.clone()
+    grams = {name: torch.eye(16) for name in "abc"}
+    before = [new[name].weight.clone() for name in "abc"]
+    if kind == "overlapping rows":
+        with pytest.raises(ValueError, match=r"^b: its weight overlaps that of a in model_new"):
+            harmonize_model(old, new, grams, grams, progress=False)
+        expected = before
+    else:
+        harmonize_model(old, new, grams, grams, progress=False)
+        harmonize_model(old, apart, grams, grams, progress=False)
+        expected = [apart[name].weight for name in "abc"]
+        assert not any(torch.equal(*weights) for weights in zip(expected[:2], before[:2], strict=True))
+    for name, weight in zip("abc", expected, strict=True):
+        assert torch.equal(new[name].weight, weight)
+
+
+@pytest.mark.parametrize("batch_bytes", [10000, 20000, 1 << 30])
+@pytest.mark.parametrize("granularity", ["input", "output"])
+def test_batches_change_no_bit(monkeypatch, granularity, batch_bytes):
+    """Of layers that a LoRA has changed, of others that changed throughout, and of both."""
+    import hpa_ext.hpa.model as module
+
+    old = tiny_models.llama().bfloat16()
+    alone = tiny_models.with_lora(old, ["q_proj", "down_proj"])
+    with torch.no_grad():
+        for name, parameter in alone.named_parameters():
+            if "up_proj" in name:
+                parameter += 0.05 * torch.randn(parameter.shape)
+    grams = calibrate(old, tiny_models.batches(old), progress=False)
+    together, sizes = copy.deepcopy(alone), []
+    config = HPAConfig(granularity=granularity)
+    monkeypatch.setattr(module, "BATCH_BYTES", 1)
+    harmonize_model(old, alone, grams, grams, config, progress=False)
+    monkeypatch.setattr(module, "BATCH_BYTES", batch_bytes)
+    measure = module.measure
+    monkeypatch.setattr(module, "measure", lambda updates, *a: sizes.append(len(updates)) or measure(updates, *a))
+    harmonize_model(old, together, grams, grams, config, progress=False)
+    assert max(sizes) > 1
+    tiny_models.assert_unchanged(together, tiny_models.snapshot(alone))

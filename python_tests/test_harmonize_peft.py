@@ -82,6 +82,23 @@ def test_a_lora_on_another_weight_than_the_old_one_takes_both_weights():
     assert torch.equal(written, weights[1]["model.layers.1.self_attn.q_proj.weight"])
 
 
+def test_the_sign_of_a_zero_is_retained_from_the_old_weight():
+    """A base that has 0 where the old weight has -0 is another weight: what is retained is bit-identical."""
+    old = tiny_models.llama()
+    name = "model.layers.1.self_attn.q_proj"
+    with torch.no_grad():
+        old.get_submodule(name).weight[::2] = -0.0
+    adapted = tiny_models.with_lora(old, ["q_proj"])
+    with torch.no_grad():
+        adapted.get_base_model().get_submodule(name).base_layer.weight[::2] = 0.0
+    grams = calibrate(old, tiny_models.batches(old), progress=False)
+    report = harmonize_model(old, adapted, grams, grams, HPAConfig(retain_min=50, retain_max=60), progress=False)
+    retained = report.layers[name].retained
+    assert retained.any()
+    found = adapted.get_base_model().get_submodule(name).base_layer.weight[:, retained]
+    assert torch.equal(found.view(torch.int32), old.get_submodule(name).weight[:, retained].view(torch.int32))
+
+
 def test_peft_model_can_be_tuned_further():
     old = tiny_models.llama()
     adapted = tiny_models.with_lora(old, ["q_proj"])

@@ -231,6 +231,21 @@ def test_a_fresh_adapter_changes_nothing(device):
     assert torch.equal(low_rank_merge(weight, a, torch.zeros_like(b), SCALING, nothing, 0.0), weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0, 0)], ids=str)
+def test_weights_without_elements(device, dtype, rank, shape):
+    weight, a, b = (
+        torch.ones(size, dtype=dtype, device=device) for size in (shape, (rank, shape[1]), (shape[0], rank))
+    )
+    squared, inner, norm = ops.low_rank_scores(weight, a, b, 0.5)
+    assert squared.tolist() == [0.0] * shape[1]
+    assert (float(inner), float(norm)) == (0.0, 0.0)
+    for axis, length in (("input", shape[1]), ("output", shape[0])):
+        mask = torch.ones(length, dtype=torch.bool, device=device)
+        assert ops.low_rank_merge(weight, a, b, 0.5, mask, 0.1, axis=axis).shape == shape
+
+
 @pytest.mark.parametrize("where", ["weight", "a", "b"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_values_that_are_not_finite_show_in_the_scores(device, where, value):

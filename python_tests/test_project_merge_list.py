@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 from helpers import GuardedAllocations, assert_same_bits, normal, outside, refuses
 from layer_lists import laid_out, masks_of, weight_pairs
 
 from hpa_ext.ops import project_merge, project_merge_list
+from hpa_ext.ops._lists import Place, first_overlap
 
 AXES = ("input", "output")
 
@@ -171,6 +174,42 @@ def test_outs_that_another_layer_uses(device):
         with refuses(ValueError, f"outs[{place}]"):
             project_merge_list(w_old, w_new, masks, coefficients, outs)
         assert_all_same_bits([*w_old, *w_new, *outs], copies)
+
+
+INTERLEAVED = {
+    "columns of a transposed tensor": lambda t: (t.mT[:, 2:8].mT, t.mT[:, 8:14].mT),
+    "every other column": lambda t: (t[:, ::2], t[:, 1::2]),
+    "every other row": lambda t: (t[::2], t[1::2]),
+    "quarters": lambda t: (t[:6, 10:], t[6:, :10]),
+    "every other column of each half": lambda t: (t[:, :10:2], t[:, 10::2]),
+}
+
+
+@pytest.mark.parametrize("kind", INTERLEAVED)
+def test_parts_of_one_tensor_that_share_no_element(device, kind):
+    outs = list(INTERLEAVED[kind](torch.zeros(20, 20, device=device)))
+    w_old, w_new = weight_pairs(device, shapes=[tuple(out.shape) for out in outs], dtypes=[torch.float32])
+    masks, coefficients = masks_of(w_old), normal(2, device=device)
+    expected = alone(w_old, w_new, masks, coefficients)
+    assert_all_same_bits(project_merge_list(w_old, w_new, masks, coefficients, outs), expected)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_overlaps_are_found_as_by_counting_elements(seed):
+    random = Random(seed)
+    places = torch.arange(400).view(20, 20)
+    for _ in range(300):
+        parts = []
+        for _ in range(2):
+            rows, columns = (sorted(random.sample(range(21), 2)) for _ in range(2))
+            steps = random.choice([(1, 1), (2, 1), (1, 2)])
+            part = places[rows[0] : rows[1] : steps[0], columns[0] : columns[1] : steps[1]]
+            parts.append(part.mT if random.random() < 0.3 else part)
+        share = bool(set(parts[0].flatten().tolist()) & set(parts[1].flatten().tolist()))
+        found = first_overlap([Place("outs", i, part, True) for i, part in enumerate(parts)], within_layers=False)
+        alike = len({tuple(sorted(part.stride())) for part in parts}) == 1 and min(parts[0].shape + parts[1].shape) > 1
+        assert (found is not None) >= share, "an overlap was missed"
+        assert not alike or (found is not None) == share, "parts of one grid were refused"
 
 
 def test_columns_of_one_tensor_that_overlap(device):

@@ -36,7 +36,7 @@ class Operands {
         rank_(update.a.rows),
         depth_(pairs_ ? (rank_ + 1) / 2 : rank_),
         panels_(groups(w_old.columns, kPanel)),
-        block_panels_(groups(panels_, groups(panels_, std::max<std::int64_t>(1, kBlockBytes / panel_bytes())))),
+        block_panels_(panels_of_block()),
         right_(panels_ * panel()),
         left_(slot_count() * (panel() + kPanel * depth_)),
         order_(rank_) {}
@@ -90,6 +90,11 @@ class Operands {
  private:
   std::int64_t panel() const { return depth_ * kPanel; }
   std::int64_t panel_bytes() const { return std::max<std::int64_t>(1, panel()) * 4; }
+  // Blocks of about one size. A weight without columns has no block, of one panel.
+  std::int64_t panels_of_block() const {
+    const std::int64_t most = std::max<std::int64_t>(1, kBlockBytes / panel_bytes());
+    return std::max<std::int64_t>(1, groups(panels_, std::max<std::int64_t>(1, groups(panels_, most))));
+  }
 
   // vdpbf16ps adds the product of the upper halves first: with the earlier element there, a sum is in the order of the
   // rank, and has the bits that float32 arithmetic gives. The last element of an odd rank is paired with zero.

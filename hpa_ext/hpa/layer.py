@@ -20,6 +20,7 @@ from hpa_ext.hpa.report import LayerReport
 from hpa_ext.models.sharding import local
 from hpa_ext.models.structure import is_conv1d
 from hpa_ext.ops._checks import describe
+from hpa_ext.ops._lists import Place, first_overlap, repeats_elements
 
 Layer = Tensor | nn.Module
 AnyPair = GramPair | tuple[AnyGram, AnyGram]
@@ -93,11 +94,11 @@ def harmonize_(
     """As `harmonize`, written into layer_new; returns the report. If anything raises, no layer is changed."""
     config = _settings(config)
     layers = Layers.of(layer_old, layer_new, gram, depth)
-    for index, (old, new) in enumerate(zip(layers.olds, layers.news, strict=True)):
+    shared = layers.shared_memory()
+    for index, new in enumerate(layers.news):
         with layers.naming(index), Agreement.of_tensor(new).together():
-            old_part, new_part = local(old), local(new)
-            if old_part.data_ptr() == new_part.data_ptr() and old_part.numel() > 0:
-                raise ValueError("layer_new: is the same memory as layer_old, so the weight before tuning is lost")
+            if index in shared:
+                raise ValueError(shared[index])
     plans = plan_layers(layers.olds, layers.news, layers.grams, layers.depths, config, naming=layers.naming)
     reports = reports_of(plans, [None] * len(plans))
     merge_layers(plans, layers.olds, layers.news, layers.news)
@@ -151,6 +152,24 @@ class Layers:
             list(depths),
             is_list=True,
         )
+
+    def shared_memory(self) -> dict[int, str]:
+        """What keeps layer_new from being written, if anything does, by the layer: all before the first is written."""
+        for index, part in enumerate(map(local, self.news)):
+            if repeats_elements(part):
+                return {index: f"layer_new: expected elements apart from each other, got strides {part.stride()}"}
+        places = [
+            Place(name, index, local(matrix), name == "layer_new")
+            for name, matrices in (("layer_old", self.olds), ("layer_new", self.news))
+            for index, matrix in enumerate(matrices)
+        ]
+        found = first_overlap(places, within_layers=True)
+        if found is None:
+            return {}
+        new, other = found
+        if new.layer == other.layer:
+            return {new.layer: "layer_new: is the same memory as layer_old, so the weight before tuning is lost"}
+        return {new.layer: f"layer_new: overlaps {other.name} of layers[{other.layer}]"}
 
     def naming(self, index: int) -> AbstractContextManager[None]:
         """Within the context errors name the layer's place in the list, if there is one."""

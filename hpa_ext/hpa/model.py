@@ -17,7 +17,7 @@ from hpa_ext.hpa.layer_grams import LayerGrams, read_grams
 from hpa_ext.hpa.layer_plan import LayerPlan, merge_updates, reports_of
 from hpa_ext.hpa.low_rank import LowRankUpdate
 from hpa_ext.hpa.naming import naming
-from hpa_ext.hpa.pairs import Pair, check_counted, distinct, match, update_of_pair, weights
+from hpa_ext.hpa.pairs import Pair, check_counted, distinct, match, refuse_overlaps, update_of_pair, weights
 from hpa_ext.hpa.plan import plan_measured
 from hpa_ext.hpa.report import ModelReport, report_warnings
 from hpa_ext.hpa.sharded import update_of
@@ -105,6 +105,7 @@ def harmonize_model(
             model_old.linears if isinstance(model_old, RememberedWeights) else find_linears(model_old, modules)
         )
         pairs = match(old_linears, new_linears, safety, task)
+        refuse_overlaps(pairs)
         for name, (_, new) in layer_bar(pairs, "Grams", progress):
             with naming(name):
                 base, pair = new.base_weight(), GramPair(safety[name], task[name])

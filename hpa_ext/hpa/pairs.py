@@ -13,7 +13,8 @@ from hpa_ext.hpa.sharded import update_of
 from hpa_ext.hpa.update import WeightUpdate
 from hpa_ext.models.linear import Linear
 from hpa_ext.models.remembered import RememberedLinear
-from hpa_ext.models.sharding import check_alike, divided_like, is_sharded
+from hpa_ext.models.sharding import check_alike, divided_like, is_sharded, local
+from hpa_ext.ops._lists import Place, first_overlap
 
 Pair = tuple[Linear | RememberedLinear, Linear]
 
@@ -73,6 +74,23 @@ def match(
     return pairs
 
 
+def refuse_overlaps(pairs: Mapping[str, Pair]) -> None:
+    """Raise ValueError where writing one weight would write to another one that is covered, too."""
+    names = list(pairs)
+    places = [Place("model_new", i, local(pairs[name][1].base_weight()), True) for i, name in enumerate(names)]
+    places += [
+        Place("model_old", i, local(pairs[name][0].base_weight()), False)
+        for i, name in enumerate(names)
+        if isinstance(pairs[name][0], Linear)
+    ]
+    found = first_overlap(places, within_layers=False)
+    if found is not None:
+        new, other = found
+        raise ValueError(
+            f"{names[new.layer]}: its weight overlaps that of {names[other.layer]} in {other.name}; clone one of them"
+        )
+
+
 def check_counted(name: str, argument: str, gram: AnyGram) -> None:
     """Raise ValueError for a Gram that no batch has reached."""
     if not isinstance(gram, Tensor) and getattr(gram, "token_count", None) == 0:
@@ -122,10 +140,16 @@ def low_rank_of_pair(old: Linear | RememberedLinear, new: Linear) -> LowRankUpda
         before = old.base_weight()
     if is_sharded(before) or before.dtype != base.dtype:
         return None
-    if before is not base and not torch.equal(before.to(base.device), base):
+    if before is not base and not _same_bits(before.to(base.device), base):
         return None
     a, b, scaling = factors
     return LowRankUpdate(base, a.to(base.device), b.to(base.device), scaling)
+
+
+def _same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether retained elements of either are those of the other: 0 and -0 are not."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[first.element_size()]
+    return torch.equal(first.view(integers), second.view(integers))
 
 
 def weights(old: Linear | RememberedLinear, new: Linear) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,39 +44,79 @@ def check_weight_lists(w_old: Sequence[Tensor], w_new: Sequence[Tensor]) -> None
 def check_apart(outs: Sequence[Tensor], w_old: Sequence[Tensor], w_new: Sequence[Tensor]) -> None:
     """No layer writes where another one reads or writes, nor any twice to one place.
 
-    Matrices with one row stride that lie side by side, such as column slices of one tensor, are apart.
+    Matrices whose memory interleaves, such as column slices of one tensor, are apart.
+    """
+    for i, out in enumerate(outs):
+        if repeats_elements(out):
+            raise ValueError(f"outs[{i}]: expected elements apart from each other, got strides {out.stride()}")
+    places = [
+        Place(name, i, matrix, name == "outs")
+        for name, matrices in (("outs", outs), ("w_old", w_old), ("w_new", w_new))
+        for i, matrix in enumerate(matrices)
+    ]
+    found = first_overlap(places, within_layers=False)
+    if found is not None:
+        written, other = found
+        raise ValueError(
+            f"{written.name}[{written.layer}]: expected memory that no other layer uses, got a tensor that overlaps "
+            f"{other.name}[{other.layer}]"
+        )
+
+
+def repeats_elements(matrix: Tensor) -> bool:
+    """Whether the matrix is an expanded view, with several elements in one place."""
+    if matrix.layout != torch.strided or matrix.numel() == 0:
+        return False
+    return any(s == 0 and n > 1 for n, s in zip(matrix.shape, matrix.stride(), strict=True))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix that belongs to a layer, under the name that messages have for it."""
+
+    name: str
+    layer: int
+    matrix: Tensor
+    is_written: bool
+
+
+def first_overlap(places: Iterable[Place], *, within_layers: bool) -> tuple[Place, Place] | None:
+    """Two places that share memory, the first of them written; None if there are no such.
+
+    Args:
+        places: on any devices; what is no dense matrix does not count.
+        within_layers: whether places of one layer count, which may be meant to be the same.
     """
     spans = []
-    for name, matrices in (("outs", outs), ("w_old", w_old), ("w_new", w_new)):
-        for i, matrix in enumerate(matrices):
-            if matrix.numel() == 0:
-                continue
-            if name == "outs" and any(s == 0 and n > 1 for n, s in zip(matrix.shape, matrix.stride(), strict=True)):
-                raise ValueError(f"outs[{i}]: expected elements apart from each other, got strides {matrix.stride()}")
+    for number, place in enumerate(places):
+        matrix = place.matrix
+        if matrix.layout == torch.strided and matrix.dim() == 2 and matrix.numel() > 0:
             start = matrix.data_ptr()
             reach = sum((n - 1) * s for n, s in zip(matrix.shape, matrix.stride(), strict=True)) + 1
-            spans.append((start, start + reach * matrix.element_size(), i, name, matrix))
+            spans.append((start, start + reach * matrix.element_size(), number, place))
     spans.sort(key=lambda span: span[:3])
-    reaching: list[tuple[int, int, int, str, Tensor]] = []  # those met so far that end behind the current start
-    for span in spans:
-        start, _, i, name, matrix = span
-        reaching = [other for other in reaching if other[1] > start]
-        for _, _, j, other_name, other in reaching:
-            written = "outs" in (name, other_name)
-            if written and i != j and not _side_by_side(other, matrix):
-                (k, at), (m, of) = sorted(((i, name), (j, other_name)), key=lambda place: place[1] != "outs")
-                raise ValueError(
-                    f"{at}[{k}]: expected memory that no other layer uses, got a tensor that overlaps {of}[{m}]"
-                )
-        reaching.append(span)
+    reaching: list[tuple[int, Place]] = []  # those met so far that end behind the current start
+    for start, end, _, place in spans:
+        reaching = [(last, other) for last, other in reaching if last > start]
+        for _, other in reaching:
+            if not (place.is_written or other.is_written) or place.matrix.device != other.matrix.device:
+                continue
+            if (within_layers or place.layer != other.layer) and not _interleave(other.matrix, place.matrix):
+                return (place, other) if place.is_written else (other, place)
+        reaching.append((end, place))
+    return None
 
 
-def _side_by_side(first: Tensor, second: Tensor) -> bool:
-    """Whether two matrices, the second one beginning later, are different columns of rows of one length."""
-    if first.element_size() != second.element_size() or first.stride() != second.stride() or first.stride(1) != 1:
+def _interleave(first: Tensor, second: Tensor) -> bool:
+    """Whether two matrices, the second one beginning later, are different rows or columns of one larger matrix."""
+    first, second = (m.mT if m.stride(0) < m.stride(1) else m for m in (first, second))
+    if first.element_size() != second.element_size() or first.stride() != second.stride():
         return False
+    between_rows, between_columns = first.stride()
     distance, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
-    if rest != 0 or first.stride(0) < 1:
+    if rest != 0 or between_columns < 1 or between_rows % between_columns != 0:
         return False
-    column = distance % first.stride(0)
-    return column >= first.shape[1] and column + second.shape[1] <= first.stride(0)
+    if distance % between_columns != 0:
+        return True
+    width, column = between_rows // between_columns, distance % between_rows // between_columns
+    return column >= first.shape[1] and column + second.shape[1] <= width

@@ -235,6 +235,10 @@ void invalid() {
   const LowRankUpdate empty = {{nullptr, DType::float32, 0, 2, 2}, {nullptr, DType::float32, 0, 0, 0}, 1};
   CHECK(cpu::low_rank_scores({nullptr, DType::float32, 0, 2, 2}, empty, {sums, other, other + 1}).ok(), "empty");
   CHECK(sums[0] == 0 && sums[1] == 0 && other[0] == 0 && other[1] == 0, "empty sums");
+  const LowRankUpdate narrow = {{nullptr, DType::float32, 1, 0, 0}, {data, DType::float32, 2, 1, 1}, 1};
+  other[0] = other[1] = 1;
+  CHECK(cpu::low_rank_scores({nullptr, DType::float32, 2, 0, 0}, narrow, {nullptr, other, other + 1}).ok(), "narrow");
+  CHECK(other[0] == 0 && other[1] == 0, "sums of no column");
 }
 
 }  // namespace
