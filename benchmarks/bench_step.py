@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -125,10 +126,11 @@ def _rows(setting: Setting, shape: StepShape) -> Iterator[Row]:
         step, norm = run(ours)
         mine = Result.of(new, step.retained())
         own_error = compare(exact, new, step.retained(), norm).difference if exact else None
+        judged: dict[str, tuple[Agreement, Check]] = {}
         for metric, peer in peers.items():
             retained, norm = run(peer)
-            if metric not in agreements:
-                agreements[metric] = _judge(new, retained, norm, mine, exact, own_error, agreements)
+            judged[metric] = _judge(new, retained, norm, mine, exact, own_error, judged)
+        agreements = {metric: _worse(agreements.get(metric), found) for metric, found in judged.items()}
         del mine
     for metric, peer in peers.items():
         agreement, check = agreements[metric]
@@ -156,6 +158,13 @@ def _judge(
         return agreement, Check(own_error, DIFFERENCE_LIMIT, compare(exact, new, retained, norm).difference)
     first = next(iter(earlier.values()), (agreement, None))[0]
     return agreement, Check(first.difference, DIFFERENCE_LIMIT, agreement.difference if earlier else None)
+
+
+def _worse(earlier: tuple[Agreement, Check] | None, found: tuple[Agreement, Check]) -> tuple[Agreement, Check]:
+    """Of two runs the one that the row states: a step that is wrong once is wrong. NaN is worse than any number."""
+    if earlier is None or math.isnan(found[1].error):
+        return found
+    return found if found[1].error > earlier[1].error else earlier
 
 
 def _paired(ours: _Side, peer: _Side) -> Paired:

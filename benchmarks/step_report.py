@@ -66,10 +66,11 @@ def _remarks(found: list[_RowData]) -> list[str]:
     ]
     for row in found:
         agreement = row["details"]["agreement"]
+        difference = agreement["difference"]  # NaN is null in a results file
+        apart = "are not finite" if difference is None else f"differ by {difference:.1e} of the update"
         lines.append(
             f"Against {row['peer']}: {agreement['differing_columns']} of {agreement['columns']} columns decided "
-            f"otherwise, in {agreement['differing_linears']} of {agreement['linears']} linears; "
-            f"the weights differ by {agreement['difference']:.1e} of the update."
+            f"otherwise, in {agreement['differing_linears']} of {agreement['linears']} linears; the weights {apart}."
         )
         peaks = row["details"]["peak_bytes"]
         if peaks is not None:

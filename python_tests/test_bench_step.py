@@ -235,6 +235,31 @@ def test_a_wrong_step_is_wrong(monkeypatch, spoil):
     assert row.peer_error < row.error_limit, "the peer is still right"
 
 
+@pytest.mark.parametrize("wrong_run", [1, 2])
+@pytest.mark.parametrize("value", [1.5, float("nan")])
+def test_a_step_that_is_wrong_once_is_told_and_not_saved(monkeypatch, tmp_path, capsys, wrong_run, value):
+    true, runs = hpa_ext.harmonize_model, []
+
+    def harmonize_model(old, new, *rest, **options):
+        report = true(old, new, *rest, **options)
+        runs.append(1)
+        if len(runs) == wrong_run:
+            next(iter(step_model.linear_weights(new).values())).mul_(value)
+        return report
+
+    monkeypatch.setattr(hpa_ext, "harmonize_model", harmonize_model)
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers(required=True))
+    out, picture = tmp_path / "step.json", tmp_path / "step.png"
+    options = ["--quick", "--repeats", "2", "--out", str(out), "--time-line", str(picture)]
+    args = parser.parse_args(["bench", "step", *options])
+    assert args.run(args) == 1
+    printed = capsys.readouterr()
+    assert "a result was WRONG" in printed.err and list(tmp_path.iterdir()) == []
+    assert ("the weights are not finite" in printed.out) == (value != value)
+    assert len(runs) == 2
+
+
 def test_differences_are_counted(step):
     old, new, _, norm = step
     retained = {name: torch.zeros(w.shape[1], dtype=torch.bool) for name, w in step_model.linear_weights(new).items()}

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -278,6 +279,12 @@ def test_the_disk_is_measured_without_a_trace(tmp_path, monkeypatch):
     assert found.kept(2e9, 10).seconds == pytest.approx(
         2e9 / found.sync + 2e9 / found.hash + 2e9 / found.copy + 10 * found.sync_seconds
     )
+
+    true = disk.os.fdatasync
+    with monkeypatch.context() as slow:
+        slow.setattr(disk.os, "fdatasync", lambda descriptor: (time.sleep(0.05), true(descriptor)))
+        waited = disk.measure_disk(tmp_path)
+    assert waited.sync_seconds >= 0.05 and waited.sync <= (64 << 20) / 0.05
 
     def refused(*_):
         raise OSError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from collections import Counter
 
 import compromise_adapters
 import pytest
+import torch
 from harmonize_inputs import make_inputs
 
 from hpa_ext import CompromiseConfig, GramFile, harmonize_adapter, ops
@@ -26,6 +28,7 @@ from hpa_ext.costs import Rates, memory, work
 from hpa_ext.costs.disk import DiskRates
 from hpa_ext.hpa.checkpoint import estimate, harmonize_checkpoint, plan_checkpoint, samples
 from hpa_ext.hpa.checkpoint.job import prepare
+from hpa_ext.hpa.checkpoint.pieces import cut
 
 OPERATIONS = Rates(0.0, 0.0, 1.0)
 BYTES = Rates(0.0, 1.0, 0.0)
@@ -60,6 +63,16 @@ def without_time(monkeypatch, rates: Rates) -> None:
         monkeypatch.setattr(times, name, lambda *args: rates)
 
 
+def gram_bytes(*paths, modules=r".*") -> int:
+    """Of the triangles in Gram files that belong to modules of these names."""
+    total = 0
+    for path in paths:
+        with GramFile(path) as file:
+            chosen = [leader for leader, names in file.groups.items() if any(re.fullmatch(modules, n) for n in names)]
+            total += sum(work.triangle_bytes(file.in_features(leader)) for leader in chosen)
+    return total
+
+
 @pytest.mark.parametrize("output", ["checkpoint", "adapter"])
 def test_low_rank_updates_are_planned_by_their_rank_and_shapes(ranks, tmp_path, monkeypatch, output):
     without_time(monkeypatch, OPERATIONS)
@@ -87,7 +100,8 @@ def test_dense_updates_are_planned_by_the_bytes_on_disk(inputs, tmp_path, monkey
         harmonized = [e for e in reader.entries.values() if "language_model" in e.name and "_proj.weight" in e.name]
         assert len(harmonized) == plan.modules
         assert plan.seconds["harmonize"] == pytest.approx(5 * sum(e.nbytes for e in harmonized))
-        assert plan.read_bytes > plan.write_bytes == reader.nbytes
+        assert plan.write_bytes == reader.nbytes
+    assert plan.read_bytes == reader.nbytes + sum(e.nbytes for e in harmonized) + gram_bytes(inputs.safety, inputs.task)
 
 
 def test_every_inverse_is_planned_with_its_own_width(inputs, tmp_path, monkeypatch):
@@ -185,12 +199,16 @@ def test_the_plan_knows_the_waits_for_the_disk_and_the_bytes(tmp_path, monkeypat
 
 def test_the_plan_of_an_adapter_knows_the_waits_for_the_disk_and_the_bytes(tmp_path, monkeypatch):
     made = compromise_adapters.make(tmp_path)
-    arguments = {"safety": made.safety, "task": made.task, "out": tmp_path / "out", "base": made.base, "config": FIXED}
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("safety", "task")}
+    for name, path in files.items():
+        save_grams(getattr(made, name), path)
+    arguments = files | {"out": tmp_path / "out", "base": made.base, "config": FIXED}
     plan = compromise_estimate.plan_adapter(made.adapter, **arguments)
     syncs = counted_syncs(monkeypatch)
     harmonize_adapter(made.adapter, **arguments, progress=False)
     assert abs(plan.syncs - syncs.total()) <= 3
     assert plan.write_bytes == sum(tensor.nbytes for tensor in made.tensors(tmp_path / "out").values())
+    assert plan.read_bytes == plan.write_bytes + gram_bytes(*files.values(), modules=".*(q_proj|v_proj|down_proj)")
 
 
 @pytest.mark.parametrize("new", ["new", "adapter"])
@@ -220,6 +238,56 @@ def test_the_plans_pool_is_that_of_the_run(inputs, tmp_path, monkeypatch, new):
     assert predicted / 3 <= held <= 1.5 * predicted
 
 
+@pytest.mark.parametrize("new", ["new", "adapter"])
+def test_the_plan_knows_what_goes_through_the_pool(inputs, tmp_path, monkeypatch, new):
+    planned, taken = [], []
+    pool, take = memory.pipeline_pool, Buffers.take
+    monkeypatch.setattr(
+        memory, "pipeline_pool", lambda items: planned.extend(s for i in items for w in i for s in w) or pool(items)
+    )
+    plan_checkpoint(**inputs.arguments(new), out=tmp_path / "out")
+
+    def counting(self, shape, dtype):
+        buffer = take(self, shape, dtype)
+        taken.append(buffer.nbytes)
+        return buffer
+
+    monkeypatch.setattr(Buffers, "take", counting)
+    harmonize_checkpoint(**inputs.arguments(new), out=tmp_path / "out", progress=False)
+    job = prepare(*inputs.arguments(new).values(), None, "checkpoint", [], None)
+    formed = [
+        piece.nbytes for unit in cut(job.source, job.kind_of()) for piece in unit.pieces if piece.kind == "update"
+    ]
+    job.close()
+    # What an adapter changes and nobody harmonizes is formed outside, and goes back to the pool when it is written.
+    assert Counter(planned) == Counter(taken) + Counter(formed)
+    assert len(formed) == (4 if new == "adapter" else 0)
+
+
+@pytest.mark.parametrize("method", [estimate, compromise_estimate])
+def test_a_plan_refuses_what_the_run_refuses(inputs, tmp_path, method):
+    runs = {estimate: harmonize_checkpoint, compromise_estimate: compromise_checkpoint.harmonize_checkpoint}
+    for call in (method.plan_checkpoint, runs[method]):
+        with pytest.raises(ValueError, match='output: "adapter" needs a LoRA adapter as new'):
+            call(**inputs.arguments(), out=tmp_path / "out", output="adapter")
+
+
+@pytest.mark.parametrize(
+    ("float64", "said"), [(3_000_000, "3 MB, beyond"), (5_000_000, "3 MB, 5 MB where a Gram needs")]
+)
+def test_a_plan_says_twice_only_what_differs(float64, said):
+    plan = estimate.CheckpointPlan("checkpoint", 1, 1, 0, 0, 10**9, 2_999_990, float64, {"open": 1.0})
+    assert f"memory   {said}" in str(plan)
+
+
+def test_low_rank_updates_are_timed_at_two_ranks():
+    seen = []
+    samples.update_rates(
+        [(128, 96)] * 3 + [(96, 256)], 64, torch.float32, lambda u: seen.append((*u.shape, len(u.a))), merges=True
+    )
+    assert {(128, 96, 8), (128, 96, 64), (96, 256, 8), (96, 256, 64)} <= set(seen)
+
+
 def test_grams_that_come_again_are_read_again(inputs):
     """Of a checkpoint in alphabetical order: k, o, q, v; the Grams of o are between those that share an input."""
     groups = [["q", "k", "v"], ["o"]]
@@ -232,6 +300,7 @@ import json, sys, torch
 torch.set_num_threads(1)
 from hpa_ext.hpa.checkpoint import harmonize_checkpoint
 from hpa_ext.hpa.checkpoint.job import prepare
+from hpa_ext.hpa.checkpoint.pieces import cut
 arguments = json.loads(sys.argv[1])
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key + ":"))

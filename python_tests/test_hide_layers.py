@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from helpers import DTYPES, assert_same_bits, normal
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hpa_ext.hide import layers
 from hpa_ext.hide.layers import RoutedLinear
@@ -83,6 +86,59 @@ def test_an_output_that_others_hold_is_not_written(who):
     of_base = {"a subclass": lambda: layer.base.output, "a global hook": lambda: kept[0][0]}
     held = of_base.get(who, lambda: kept[0])()
     assert_same_bits(held, torch.nn.functional.linear(x, layer.base.weight, layer.base.bias))
+
+
+class Keeping(TorchDispatchMode):
+    """Keeps what operations give, as selective checkpointing does."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.addmm.default, torch.ops.aten.linear.default):
+            self.kept.append((output, output.clone()))
+        return output
+
+
+def test_an_output_that_a_mode_keeps_is_not_written():
+    layer, x, weights = layer_of(torch.float32)
+    with torch.no_grad(), layer.state.fixed(weights), Keeping() as mode:
+        output = layer(x)
+    assert mode.kept
+    for kept, then in mode.kept:
+        assert_same_bits(kept, then)
+    with torch.no_grad():
+        assert_same_bits(output, separately(layer, x, weights))
+
+
+def test_a_frozen_layer_under_selective_checkpointing():
+    layer, x, weights = layer_of(torch.float32)
+    layer.requires_grad_(False)
+    tail = torch.nn.Linear(OUT, 3)
+
+    def policy(context, operation, *args, **kwargs):
+        products = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+        return CheckpointPolicy.MUST_SAVE if operation in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def loss(x):
+        return tail(layer(x)).square().sum()
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    with layer.state.fixed(weights):
+        found = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False, context_fn=contexts), tail.weight)
+        expected = torch.autograd.grad(loss(x), tail.weight)
+    assert_same_bits(found[0], expected[0])
+
+
+def test_an_output_of_a_class_that_was_patched_is_not_written(monkeypatch):
+    layer, x, weights = layer_of(torch.float32)
+    kept, own = [], torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: kept.append(own(self, x)) or kept[-1])
+    with torch.no_grad(), layer.state.fixed(weights):
+        layer(x)
+    assert_same_bits(kept[0], torch.nn.functional.linear(x, layer.base.weight, layer.base.bias))
 
 
 def test_inference_writes_in_place_and_training_does_not(monkeypatch):

@@ -72,6 +72,18 @@ def routed_lora(dtype):
     return lambda: (ops.routed_lora(x, a, b, weights, scaling),)
 
 
+def routed_lora_gradients(dtype):
+    x = normal(3, 233, COLUMNS, dtype=dtype)
+    a, b = normal(4, 8, COLUMNS, dtype=dtype), normal(4, ROWS, 8, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (x, a, b, normal(3, 4), normal(4))]
+    upstream = normal(3, 233, ROWS, dtype=dtype)
+
+    def run():
+        return torch.autograd.grad(ops.routed_lora(*leaves), leaves, upstream)
+
+    return run
+
+
 def low_rank(dtype):
     a, b = normal(9, COLUMNS, dtype=dtype), normal(ROWS, 9, dtype=dtype)
     # Along the update, so that the inner product does not cancel to a number as small as its rounding.
@@ -83,7 +95,8 @@ def low_rank(dtype):
     )
 
 
-OPERATIONS = [gram, inverse_diagonal, column_scores, column_mask, project_merge, routed_lora, low_rank]
+OPERATIONS = [gram, inverse_diagonal, column_scores, column_mask, project_merge, routed_lora]
+OPERATIONS += [routed_lora_gradients, low_rank]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,6 +129,44 @@ def test_two_threads_calling_at_once(dtype):
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(check, forward), pool.submit(check, reversed(forward))]:
             future.result(timeout=120)
+
+
+def test_the_number_of_threads_may_change_while_an_operation_runs():
+    """As when another Python thread has a setting of its own. In a process of its own: what goes wrong is memory."""
+    script = textwrap.dedent(
+        """
+        import sys, threading
+        import test_threads
+        from hpa_ext import _C
+        from helpers import assert_same_bits
+
+        runs = [operation(test_threads.torch.bfloat16) for operation in test_threads.OPERATIONS]
+        test_threads.torch.set_num_threads(1)
+        expected = [run() for run in runs]
+        done = False
+
+        def change():
+            while not done:
+                for count in (1, 12):
+                    _C.cpu.set_thread_count(count)
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        try:
+            for _ in range(12):
+                for run, wanted in zip(runs, expected, strict=True):
+                    for result, value in zip(run(), wanted, strict=True):
+                        assert_same_bits(result, value)
+        finally:
+            done = True
+            thread.join()
+        """
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert process.returncode == 0, f"exit {process.returncode}: {process.stderr}"
 
 
 @pytest.fixture

@@ -37,8 +37,9 @@ class Operands {
         depth_(pairs_ ? (rank_ + 1) / 2 : rank_),
         panels_(groups(w_old.columns, kPanel)),
         block_panels_(panels_of_block()),
+        slots_(slot_count()),
         right_(panels_ * panel()),
-        left_(slot_count() * (panel() + kPanel * depth_)),
+        left_(slots_ * (panel() + kPanel * depth_)),
         order_(rank_) {}
 
   bool allocated() const { return right_ && left_ && order_; }
@@ -67,7 +68,7 @@ class Operands {
   // of A, and a task's blocks come in a fixed order.
   template <typename Body>
   void for_each_block(Body&& body) {
-    parallel_for(strips() * blocks(), slot_count(), [&](std::int64_t task, std::int64_t slot) {
+    parallel_for(strips() * blocks(), slots_, [&](std::int64_t task, std::int64_t slot) {
       const std::int64_t first_row = task % strips() * kStripRows, first_panel = task / strips() * block_panels_;
       const std::int64_t last_panel = std::min(panels_, first_panel + block_panels_), column = first_panel * kPanel;
       std::uint32_t* left = left_.data() + slot * (panel() + kPanel * depth_);
@@ -127,6 +128,7 @@ class Operands {
   const LowRankUpdate update_;
   const bool pairs_;
   const std::int64_t rank_, depth_, panels_, block_panels_;
+  const std::int64_t slots_;  // read once: scratch is indexed by slots, and another thread may set another count
   Buffer<std::uint32_t> right_, left_;  // [panels][depth][kPanel]; for each slot a panel, and as many elements unpacked
   Buffer<std::int64_t> order_;
 };

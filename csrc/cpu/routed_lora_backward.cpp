@@ -68,7 +68,7 @@ class Backward {
     shrunk_wanted = gates || to_b;
     Buffer<float> of_output(output_wanted ? tokens * rows : 0), shrunk(shrunk_wanted ? tokens * rows : 0);
     Buffer<std::int64_t> all_tokens(std::max(tokens, rows));
-    Buffer<float> panels(slot_count() * kPanel * std::max(kDepth, rows)), sums(slot_count() * blocks * kPanel * kPanel);
+    Buffer<float> panels(slots * kPanel * std::max(kDepth, rows)), sums(slots * blocks * kPanel * kPanel);
     Buffer<float> left((to_a || to_b) ? blocks * kPanel * tokens : 0);
     if (!of_output || !shrunk || !all_tokens || !panels || !sums || !left) return kOutOfMemory;
     for (std::int64_t i = 0; i < std::max(tokens, rows); ++i) all_tokens[i] = i;
@@ -162,7 +162,7 @@ class Backward {
 
   // x_gradient = values [tokens, rows] times the A of all linears, [rows, in].
   void expand(const float* values) {
-    parallel_for(ceil_div(g.in, kPanel), slot_count(), [&](std::int64_t task, std::int64_t slot) {
+    parallel_for(ceil_div(g.in, kPanel), slots, [&](std::int64_t task, std::int64_t slot) {
       const std::int64_t column = task * kPanel, columns = std::min(kPanel, g.in - column);
       float* panel = panels_ + slot * kPanel * std::max(kDepth, rows);
       float* part = panel;
@@ -196,7 +196,7 @@ class Backward {
     bool wanted = false;
     for (std::int64_t l = first; l < last; ++l) wanted = wanted || gradient_of(l) != nullptr;
     if (!wanted) return;
-    parallel_for(ceil_div(columns, kPanel), slot_count(), [&](std::int64_t task, std::int64_t slot) {
+    parallel_for(ceil_div(columns, kPanel), slots, [&](std::int64_t task, std::int64_t slot) {
       const std::int64_t column = task * kPanel, own_columns = std::min(kPanel, columns - column);
       float* panel = panels_ + slot * kPanel * std::max(kDepth, rows);
       float* sums = sums_ + slot * blocks * kPanel * kPanel;
@@ -233,6 +233,8 @@ class Backward {
   const std::int64_t tokens;
   const int dtype;
   const Kernels& loops;
+  // Read once: another thread of the caller's may set another count while this runs, and scratch is indexed by slots.
+  const std::int64_t slots = slot_count();
   std::int64_t rows = 0, blocks = 0;
   const std::int64_t* indices_ = nullptr;
   float* panels_ = nullptr;

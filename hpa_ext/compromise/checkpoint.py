@@ -72,8 +72,7 @@ def harmonize_checkpoint(
     if output not in OUTPUTS:
         raise ValueError(f"output: expected one of {', '.join(OUTPUTS)}, got {output!r}")
     if output == "adapter":
-        if not (Path(new) / CONFIG_FILE).is_file():
-            raise ValueError(f'output: "adapter" needs a LoRA adapter as new, got {new} without {CONFIG_FILE}')
+        check_adapter(new)
         if processes.count > 1:
             raise ValueError('output: "adapter" takes seconds to minutes on one process; start it without torchrun')
         return harmonize_adapter(
@@ -86,6 +85,12 @@ def harmonize_checkpoint(
         processes.together(lambda: check_output(out, inputs))
     job = processes.together(lambda: prepare(old, new, safety, task, earlier, config, inputs[2:], modules))
     return carry_out(job, out, inputs, resume, device, progress, processes)
+
+
+def check_adapter(new: str | os.PathLike[str]) -> None:
+    """ValueError unless there is a PEFT adapter, as ``output="adapter"`` needs."""
+    if not (Path(new) / CONFIG_FILE).is_file():
+        raise ValueError(f'output: "adapter" needs a LoRA adapter as new, got {new} without {CONFIG_FILE}')
 
 
 def prepare(

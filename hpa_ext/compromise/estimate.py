@@ -14,7 +14,7 @@ from hpa_ext.checkpoints.files import free_bytes
 from hpa_ext.checkpoints.output import check_output, partial_directory
 from hpa_ext.compromise.adapter import directories_of
 from hpa_ext.compromise.adapter_file import AdapterFile, BaseModel
-from hpa_ext.compromise.checkpoint import prepare
+from hpa_ext.compromise.checkpoint import check_adapter, prepare
 from hpa_ext.compromise.config import CompromiseConfig
 from hpa_ext.compromise.gram_sources import GramSources
 from hpa_ext.compromise.layer import checked_config
@@ -51,6 +51,7 @@ def plan_checkpoint(
     Nothing is left on the disk. Raises what it would raise before its work.
     """
     if output == "adapter":
+        check_adapter(new)
         return plan_adapter(
             new, safety, task, out, config, earlier=earlier, base=Path(old), modules=modules, device=device
         )

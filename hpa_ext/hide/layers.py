@@ -11,6 +11,9 @@ from hpa_ext.hide.experts import Expert, ExpertUpdate
 from hpa_ext.hide.fusion import FusedUpdate
 from hpa_ext.hide.routing_state import RoutingState
 from hpa_ext.ops import routed_lora, routed_lora_add_, routed_lora_list
+from hpa_ext.ops._backend import is_traced
+
+_LINEAR_FORWARD = nn.Linear.forward
 
 
 class RoutedLinear(nn.Module):
@@ -72,12 +75,14 @@ class RoutedLinear(nn.Module):
         return (
             type(base) is nn.Linear
             and type(output) is Tensor
-            and not torch.compiler.is_compiling()
+            # A mode sees every operation, and may keep what it gave: selective checkpointing does.
+            and not is_traced(output)
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in (output, x, self.a, self.b)))
             # Hooks may keep it; a forward of somebody's own may give anything.
             and not base._forward_hooks
             and not torch.nn.modules.module._global_forward_hooks
             and "forward" not in vars(base)
+            and nn.Linear.forward is _LINEAR_FORWARD
         )
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -73,9 +73,9 @@ class CheckpointPlan:
         return asdict(self) | {"fits": self.fits}
 
     def __str__(self) -> str:
-        memory = bytes_text(self.memory_bytes)
-        if self.memory_bytes_float64 > self.memory_bytes:
-            memory += f", {bytes_text(self.memory_bytes_float64)} where a Gram needs float64"
+        memory, float64 = bytes_text(self.memory_bytes), bytes_text(self.memory_bytes_float64)
+        if float64 != memory:
+            memory += f", {float64} where a Gram needs float64"
         room = "" if self.fits else ": NOT ENOUGH"
         lines = [
             f"output   {self.output}",
