@@ -15,6 +15,7 @@ from harmonize_inputs import make_inputs
 
 from hpa_ext.checkpoints import ShardedWriter, partial_directory
 from hpa_ext.hpa.checkpoint import harmonize_checkpoint, merge
+from hpa_ext.hpa.checkpoint.bundles import bundles
 from hpa_ext.hpa.checkpoint.reduce import share
 from hpa_ext.processes import Processes, torchrun_processes
 
@@ -55,9 +56,10 @@ def on_processes(count, directory, work):
 @pytest.mark.parametrize(
     ("count", "new", "output"), [(2, "new", "checkpoint"), (4, "new", "checkpoint"), (2, "adapter", "adapter")]
 )
-def test_same_bytes_as_one_process(inputs, tmp_path, count, new, output):
+def test_same_bytes_as_one_process(inputs, tmp_path, monkeypatch, count, new, output):
     arguments = inputs.arguments(new) | {"output": output, "progress": False}
     expected = harmonize_checkpoint(**arguments, out=tmp_path / "one")
+    monkeypatch.setattr(merge, "bundles", lambda units: bundles(units, 1 << 20))  # weights together, there one by one
     told = on_processes(
         count, tmp_path / "ranks", lambda rank: harmonize_checkpoint(**arguments, out=tmp_path / "many")
     )

@@ -9,7 +9,8 @@ import torch
 from helpers import GuardedAllocations, assert_same_bits, normal, outside, refuses
 from layer_lists import laid_out, masks_of, weight_pairs
 
-from hpa_ext.ops import project_merge, project_merge_list
+from hpa_ext import _C
+from hpa_ext.ops import column_mask_list, column_scores_list, project_merge, project_merge_list
 from hpa_ext.ops._lists import Place, first_overlap
 
 AXES = ("input", "output")
@@ -221,3 +222,22 @@ def test_columns_of_one_tensor_that_overlap(device):
         project_merge_list(w_old, w_new, masks, coefficients, [fused[:, 2:8], fused[:, 7:13]])
     with refuses(ValueError, "outs[1]"):
         project_merge_list(w_old, w_new, masks, coefficients, [fused[:, 2:8], fused.view(5, 16)[:4, 9:15]])
+
+
+def test_one_native_call_for_a_list(monkeypatch):
+    """A launch on CUDA, a parallel region on the CPU: not one for each layer, which would give the same bits."""
+    w_old, w_new = weight_pairs("cpu")
+    masks = masks_of(w_old)
+    calls = []
+    for name in ("column_scores_list", "column_mask_list", "project_merge_list"):
+
+        def counted(items, name=name, original=getattr(_C.cpu, name)):
+            calls.append((name, len(items)))
+            return original(items)
+
+        monkeypatch.setattr(_C.cpu, name, counted)
+    scores = column_scores_list(w_old, w_new)[0]
+    column_mask_list(scores, [1] * len(scores))
+    project_merge_list(w_old, w_new, masks, torch.zeros(len(w_old)))
+    count = len(w_old)
+    assert calls == [("column_scores_list", count), ("column_mask_list", count), ("project_merge_list", count)]

@@ -40,7 +40,8 @@ class Bundle:
 def bundles(units: Iterable[Unit], limit: int | None = None) -> Iterator[Bundle]:
     """The pieces of the units in order; of those that are merged, neighbours of at most `limit` bytes together.
 
-    The limit is that of the largest weight where none is given: no more memory is taken than that weight alone takes.
+    The limit is that of the largest weight where none is given: a bundle, whose weights lie one behind the other, takes
+    no more memory than that weight alone.
     """
     units = list(units)
     if limit is None:

@@ -199,10 +199,9 @@ def pool_bytes(job: Job) -> int:
     """The buffers of a run that writes a checkpoint."""
     items = []
     for bundle in bundles(cut(job.source, job.kind_of())):
-        items.append([])
-        for piece in bundle.pieces:
-            is_dense = piece.kind == "merge" and rank_of(job, piece.module) is None
-            items[-1].append([piece.nbytes] * (2 if is_dense else 1))
+        # Weights that go through together lie one behind the other: the old ones, and the new ones where there are any.
+        dense = [p.nbytes for p in bundle.pieces if p.kind == "merge" and rank_of(job, p.module) is None]
+        items.append([[bundle.nbytes] * (2 if dense else 1)])
     return memory.pipeline_pool(items)
 
 

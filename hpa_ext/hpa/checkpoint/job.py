@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpa_ext.checkpoints.adapter import LoraAdapter
-from hpa_ext.checkpoints.buffers import Buffers
+from hpa_ext.checkpoints.buffers import Buffers, Row
 from hpa_ext.checkpoints.identity import identity
 from hpa_ext.checkpoints.reader import CheckpointReader
 from hpa_ext.checkpoints.weights import CheckpointWeights
@@ -79,13 +79,19 @@ class Job:
         """The files that the output has the names, the order and the copied bytes of."""
         return self.old.reader if self.adapter is not None else self.new.reader
 
-    def weight_update(self, module: str, buffers: Buffers | None = None) -> WeightUpdate:
-        """The old weight and the update of a module, read from disk into memory of `buffers` where that serves."""
+    def weight_update(
+        self, module: str, buffers: Buffers | Row | None = None, new_buffers: Buffers | Row | None = None
+    ) -> WeightUpdate:
+        """The old weight and the update of a module, read from disk into memory of `buffers` where that serves.
+
+        A new weight goes into memory of `new_buffers`, if given.
+        """
         buffers = Buffers() if buffers is None else buffers
+        new_buffers = buffers if new_buffers is None else new_buffers
         name, transposed = f"{module}.weight", self.linears[module].is_transposed
         old = _matrix(_read(self.old, name, buffers), transposed)
         if self.adapter is None or not has_low_rank(self.adapter, module):
-            return DenseUpdate(old, _matrix(_read(self.new, name, buffers), transposed))
+            return DenseUpdate(old, _matrix(_read(self.new, name, new_buffers), transposed))
         update = self.adapter.updates[module]
         return LowRankUpdate(old, update.a, update.b, update.scaling)
 
@@ -178,7 +184,7 @@ def has_low_rank(adapter: LoraAdapter, module: str) -> bool:
     return "magnitude" not in adapter.entries(module)
 
 
-def _read(weights: CheckpointWeights, name: str, buffers: Buffers) -> Tensor:
+def _read(weights: CheckpointWeights, name: str, buffers: Buffers | Row) -> Tensor:
     if weights.is_changed(name):
         return weights.tensor(name)
     entry = entry_of(weights, name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpa_ext.checkpoints.buffers import Buffers
+from hpa_ext.checkpoints.buffers import Buffers, Row
 from hpa_ext.checkpoints.writer import ShardedWriter
 from hpa_ext.gram import GramPair
 from hpa_ext.gram_diagonal import GramDiagonal
@@ -51,11 +51,13 @@ class MergeRun:
         run_pipeline(bundles(units), self._read, self._compute, self._write)
 
     def _read(self, bundle: Bundle) -> list[WeightUpdate | Tensor]:
+        if bundle.is_merged:
+            # Old weights are released after they have served, the new ones' memory when the result is written.
+            olds, news = (Row(self._buffers, [piece.nbytes for piece in bundle.pieces]) for _ in range(2))
+            return [self.job.weight_update(piece.module, olds, news) for piece in bundle.pieces]
         return [self._read_piece(piece) for piece in bundle.pieces]
 
-    def _read_piece(self, piece: Piece) -> WeightUpdate | Tensor:
-        if piece.kind == "merge":
-            return self.job.weight_update(piece.module, self._buffers)
+    def _read_piece(self, piece: Piece) -> Tensor:
         if piece.kind == "update":
             return self.job.new.tensor(self.job.new.canonical_name[piece.entry.name])
         copied = self._buffers.take([piece.nbytes], torch.uint8)
