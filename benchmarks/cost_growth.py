@@ -1,9 +1,11 @@
 """How cost grows with width, tokens, layers and rank: measured on this machine, beside what the model of it says.
 
     python -m benchmarks.cost_growth --out cost-growth.json --plot cost-growth.png [--only gram,rank] [--scratch DIR]
+    python -m benchmarks.cost_growth --out cost-growth.json --only ""       # measures nothing: says what is in the file
 
 The model's rates come from the samples that `--plan` takes (`hpa_ext.costs.samples`), in the same process just before;
-nothing is fitted to what is then measured. A second call with other phases adds to the same file.
+nothing is fitted to what is then measured. A second call with other phases adds to the same file, on the same device
+and with as many threads.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,19 @@ PHASES: dict[str, Callable[[Path], Iterable[Point]]] = {
     "adapter": cost_runs.adapter,
     "memory": cost_runs.memory,
 }
+
+
+_RUNS = {"checkpoint", "adapter"}
+_LONG_S, _LARGE_BYTES = 0.5, 100e6
+
+KINDS: dict[str, Callable[[Point], bool]] = {
+    "operations and single layers": lambda p: p.unit == "seconds" and p.phase not in _RUNS | {"calibrate"},
+    "runs from disk to disk of 0.5 s and more": lambda p: p.phase in _RUNS and p.measured >= _LONG_S,
+    "shorter runs": lambda p: p.phase in _RUNS and p.measured < _LONG_S,
+    "`calibrate` of a random Llama": lambda p: p.phase == "calibrate",
+    "memory of 100 MB and more": lambda p: p.unit == "bytes" and p.measured >= _LARGE_BYTES,
+}
+"""The lines of the table in docs/costs.md, and which points are in each."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +89,14 @@ def main(argv: list[str] | None = None) -> int:
     document: dict[str, Any] = {"points": []}
     if args.out is not None and args.out.exists():
         document = json.loads(args.out.read_text())
+        _check_same_place(parser, document, args.threads)
     kept = [point for point in document["points"] if point["phase"] not in names]
     found = list(_measured(names, args.scratch))
-    document = {
-        **environment(torch.device("cpu")),
-        "threads": args.threads,
-        "points": kept + [asdict(point) for point in found],
-    }
+    points = kept + [asdict(point) for point in found]
+    if found:
+        document = {**environment(torch.device("cpu")), "threads": args.threads, "points": points}
+    elif not points:
+        parser.error("--only: expected phases to measure, or --out of a file that holds some")
     order = list(PHASES)
     document["points"].sort(key=lambda point: order.index(point["phase"]))
     points = [Point(**point) for point in document["points"]]
@@ -89,11 +105,10 @@ def main(argv: list[str] | None = None) -> int:
         for kind in ("seconds", "bytes")
         if (chosen := [point for point in points if point.unit == kind])
     }
-    if args.out is not None:
+    if args.out is not None and found:
         args.out.write_text(json.dumps(document, indent=1) + "\n")
     print(table(points))
-    for kind, accuracy in document["accuracy"].items():
-        print(f"{kind}: median factor {accuracy['median']:.2f}, worst {accuracy['worst']:.2f}")
+    print("", accuracy_table(points), sep="\n")
     if args.plot is not None:
         from hpa_ext.reporting.cost_growth import cost_growth
 
@@ -101,6 +116,30 @@ def main(argv: list[str] | None = None) -> int:
             args.plot
         )
     return 0
+
+
+def _check_same_place(parser: argparse.ArgumentParser, document: dict[str, Any], threads: int) -> None:
+    """One file is of one device and one number of threads: it has only one line for them."""
+    here = environment(torch.device("cpu"))["device"]
+    if (document["device"], document["threads"]) != (here, threads):
+        parser.error(
+            f"--out: expected a file of {here} with {threads} threads, got one of {document['device']} with "
+            f"{document['threads']}"
+        )
+
+
+def accuracy_table(points: Sequence[Point]) -> str:
+    """By kind: points, and the median and the worst factor between measured and predicted."""
+    kinds = {
+        **{f"all of {unit}": lambda p, unit=unit: p.unit == unit for unit in ("seconds", "bytes")},
+        **KINDS,
+    }
+    rows = []
+    for name, belongs in kinds.items():
+        if chosen := [point for point in points if belongs(point)]:
+            found = Accuracy.of(chosen)
+            rows.append((name, str(found.points), f"{found.median:.2f}", f"{found.worst:.2f}"))
+    return format_table(("", "points", "median factor", "worst"), rows)
 
 
 def _measured(names: list[str], scratch: Path | None) -> Iterator[Point]:

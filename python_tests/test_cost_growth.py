@@ -55,6 +55,25 @@ def test_points_gather_in_the_file_and_stay_until_measured_again(phases, tmp_pat
         benchmark.main(["--only", "three", *common])
 
 
+def test_a_file_is_of_one_machine_and_is_read_without_being_changed(phases, tmp_path, capsys):
+    out = tmp_path / "growth.json"
+    common = ["--out", str(out), "--threads", str(torch.get_num_threads())]
+    with pytest.raises(SystemExit):
+        benchmark.main(["--only", "", *common])
+    assert benchmark.main(common) == 0
+    before = out.read_text()
+    capsys.readouterr()
+    assert benchmark.main(["--only", "", *common]) == 0
+    assert out.read_text() == before
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {"all of seconds 3 1.00 1.00", "all of bytes 3 2.00 2.00"} <= lines
+    for key, value in (("device", "Another"), ("threads", 99)):
+        out.write_text(json.dumps(json.loads(before) | {key: value}))
+        with pytest.raises(SystemExit):
+            benchmark.main(["--only", "one", *common])
+        assert "--out: expected a file of" in capsys.readouterr().err
+
+
 def test_too_high_and_too_low_predictions_count_alike():
     found = benchmark.Accuracy.of([Point("", "", "", 1, 1.0, 4.0), Point("", "", "", 1, 3.0, 1.0)])
     assert (found.median, found.worst, found.points) == (3.5, 4.0, 2)
@@ -123,5 +142,11 @@ def test_the_document_says_what_the_rows_say():
     assert f"{time.points} points of time and {memory.points} of memory" in text
     assert f"a factor of {time.median:.2f} in the median and {time.worst:.2f} at worst for time" in text
     assert f"{memory.median:.2f} and {memory.worst:.2f} for memory" in text
+    for kind, belongs in benchmark.KINDS.items():
+        one = benchmark.Accuracy.of(point for point in points if belongs(point))
+        (line,) = [
+            line for line in (folder / "costs.md").read_text(encoding="utf-8").splitlines() if f"| {kind}" in line
+        ]
+        assert line.endswith(f"| {one.points} | {one.median:.2f} | {one.worst:.2f} |")
     assert (folder / "costs" / "growth.png").is_file()
     assert {point.phase for point in points} == set(benchmark.PHASES)

@@ -10,7 +10,7 @@ from helpers import DTYPES, assert_same_bits, normal
 from test_routed_lora_list import LINEARS, arguments
 
 from hpa_ext import _C
-from hpa_ext.ops import routed_lora, routed_lora_list
+from hpa_ext.ops import routed_lora, routed_lora_backward, routed_lora_list
 
 
 def leaves_of(x, a, b, weights, scaling):
@@ -158,6 +158,21 @@ def test_a_graph_of_the_gradients_changes_them_little(device, dtype):
         assert not ours.requires_grad
         assert theirs.requires_grad
         torch.testing.assert_close(ours, theirs.detach(), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("served_by", ["native", "torch"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_autocast_does_not_lower_the_precision(device, monkeypatch, create_graph, served_by):
+    if served_by == "torch":
+        monkeypatch.setattr(routed_lora_backward, "backend_of", lambda *_: "torch")
+    tensors = arguments(LINEARS["q/k/v"], torch.float32, device)
+    leaves = [t.requires_grad_() for t in leaves_of(*tensors)]
+    upstream = [normal(2, 7, out, device=device) for out, _ in LINEARS["q/k/v"]]
+    expected = torch.autograd.grad(routed_lora_list(*tensors), leaves, upstream)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        found = torch.autograd.grad(routed_lora_list(*tensors), leaves, upstream, create_graph=create_graph)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -82,6 +82,21 @@ def test_added_in_place(device, dtype, layout):
     assert onto._version > version
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shared", ["x itself", "rows of x", "b"])
+def test_added_in_place_to_what_is_also_read(device, dtype, shared):
+    x, (a,), (b,), weights, (scaling,) = arguments([(33, 5)], dtype, device)
+    onto = x
+    if shared == "rows of x":
+        rows = normal(3 * 7, 33, dtype=dtype, device=device)
+        x, onto = rows[:14].view(2, 7, 33), rows[5:19].view(2, 7, 33)
+    elif shared == "b":
+        memory = normal(4700, dtype=dtype, device=device)  # wide enough for several parts of B
+        b, onto = memory[:4500].view(3, 300, 5), memory[100:4300].view(2, 7, 300)
+    expected = onto + routed_lora(x, a, b, weights, scaling)
+    assert_same_bits(routed_lora_add_(onto, x, a, b, weights, scaling), expected)
+
+
 def test_added_in_place_refuses(device):
     x, (a,), (b,), weights, (scaling,) = arguments([(33, 5)], torch.float32, device)
     onto = torch.ones(2, 7, 33, device=device)

@@ -17,7 +17,7 @@ def routed_lora_add_(onto: Tensor, x: Tensor, a: Tensor, b: Tensor, weights: Ten
     """``onto += routed_lora(x, a, b, weights, scaling)``, in place and without the branch in memory.
 
     Args:
-        onto: ``[batch, tokens, out]`` of the dtype of `x`.
+        onto: ``[batch, tokens, out]`` of the dtype of `x`; may share memory with the other arguments.
         x, a, b, weights, scaling: as in `routed_lora`.
 
     Returns:
@@ -46,7 +46,9 @@ def _check(onto: Tensor, x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scali
 
 def _routed_lora_add_(onto: Tensor, x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: Tensor) -> None:
     _check(onto, x, a, b, weights, scaling)
-    if backend_of("routed_lora", x) == "native" and onto.is_contiguous():
+    # The kernels have read x and A before they write; the rest they may still read.
+    apart = onto.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in (b, weights, scaling)}
+    if backend_of("routed_lora", x) == "native" and onto.is_contiguous() and apart:
         target = onto.detach()
         launch(x, [a], [b], weights, [scaling], [target], [target])
         mark_written(onto)

@@ -48,7 +48,8 @@ def backward(
     arguments = grads_, x, a_, b_, weights, scaling_
     tensors = [*grads_, x, *a_, *b_, weights, *scaling_]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(t.requires_grad for t in tensors):
-        found = _differentiable(*arguments, flags)  # a graph of the gradients was asked for
+        with without_autocast(x):  # a graph of the gradients was asked for
+            found = _differentiable(*arguments, flags)
     elif is_traced(*tensors):
         found = torch.ops.hpa_ext.routed_lora_backward(*arguments, flags)
     else:
