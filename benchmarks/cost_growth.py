@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in names if name not in PHASES]
     if unknown:
         parser.error(f"--only: expected some of {', '.join(PHASES)}, got {', '.join(unknown)}")
+    if args.scratch is not None and not args.scratch.is_dir():
+        parser.error(f"--scratch: expected a directory, got {args.scratch}")
     torch.set_num_threads(args.threads)
     document: dict[str, Any] = {"points": []}
     if args.out is not None and args.out.exists():
