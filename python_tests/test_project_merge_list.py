@@ -230,8 +230,9 @@ def test_one_native_call_for_a_list(monkeypatch):
     masks = masks_of(w_old)
     calls = []
     for name in ("column_scores_list", "column_mask_list", "project_merge_list"):
+        original = getattr(_C.cpu, name)
 
-        def counted(items, name=name, original=getattr(_C.cpu, name)):
+        def counted(items, name=name, original=original):
             calls.append((name, len(items)))
             return original(items)
 
