@@ -47,7 +47,7 @@ test-cpp: $(VENV)/.dependencies
 	  -DHPA_BUILD_TESTS=ON -DHPA_EMULATED_PYTHON=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > /dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
-	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/cpp --output-on-failure
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir build/cpp --output-on-failure --parallel 2
 
 # The operations' CUDA cases, their kernels run by the emulator of csrc/tests/cuda_emulation: logic, not hardware.
 test-emulated: install test-cpp
