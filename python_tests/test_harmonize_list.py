@@ -73,6 +73,15 @@ def test_modules_of_every_kind():
         assert torch.equal(written, weight)
 
 
+@pytest.mark.parametrize(("rows", "granularity"), [(0, "input"), (0, "output"), (1, "output")])
+def test_a_layer_without_rows_is_harmonized_to_itself(rows, granularity):
+    olds, news, grams = make_layers(shapes=[(rows, 64, torch.bfloat16), (48, 64, torch.bfloat16)])
+    config = HPAConfig(granularity=granularity)
+    weights, reports = harmonize(olds, news, grams, config=config, return_report=True)
+    assert weights[0].shape == (rows, 64) and reports[0].alpha == pytest.approx(0.6, abs=0.2 if rows else 1e-12)
+    assert_same_bits(weights[1], harmonize(olds[1], news[1], grams[1], config=config))
+
+
 def test_one_operation_for_each_phase(monkeypatch):
     calls = []
     for name in ("column_scores_list", "column_mask_list", "project_merge_list"):

@@ -47,8 +47,8 @@ def harmonize_model(
 
     Args:
         model_old: the model before the tuning step: a transformers model (LLaVA or any causal LM), or any module with
-            the same linears. May be on another device; its weights are then moved one at a time. Or
-            `RememberedWeights`, copies of the weights that `model_new` had before the step.
+            the same linears. May be on another device; its weights are then moved some at a time, half a GiB at most
+            (or one). Or `RememberedWeights`, copies of the weights that `model_new` had before the step.
         model_new: the model after it. A PeftModel with LoRA needs no merging first: its update counts, the harmonized
             weight is written into the base layer, and the adapter's B becomes zero, so that the PeftModel acts as the
             harmonized model (``merge_and_unload()`` gives the plain one) and can be tuned further. Where one LoRA is

@@ -31,12 +31,12 @@ def column_importance(
     """
     out_features, in_features = shape
     if row_scores is None:
-        scores = [squared_update * weight / out_features for weight in weights]
+        scores = [squared_update * weight / max(out_features, 1) for weight in weights]
         # The update cancels in the ratio, so it is taken from the diagonals, which keep all their digits.
         valid = (squared_update > 0) & (weights[0] > 0) & (weights[1] > 0)
         ratio = _log(weights[0], valid) - _log(weights[1], valid)
     else:
-        scores = [total / in_features for total in row_scores]
+        scores = [total / max(in_features, 1) for total in row_scores]
         valid = (scores[0] > 0) & (scores[1] > 0)
         ratio = _log(scores[0], valid) - _log(scores[1], valid)
     return (scores[0].contiguous(), scores[1].contiguous()), ratio, valid
