@@ -91,7 +91,8 @@ def dense_merge(rows: int, columns: int, itemsize: int) -> Work:
 def low_rank_scores(rows: int, columns: int, rank: int, itemsize: int) -> Work:
     """The scores of an update ``s B A``: the old weight is read once.
 
-    ``W A^T`` (``2 out in r`` operations), ``B^T B`` (``2 out r^2``) and its product with A (``2 in r^2``): methods.md.
+    ``W A^T`` (``2 out in r`` operations), ``B^T B`` (``2 out r^2``) and its product with A (``2 in r^2``), as the
+    reference does it. The native kernels form ``B A`` tile by tile, ``2 out in r``; rates are fitted to what serves.
     """
     operations = 2.0 * rows * columns * rank + 2.0 * rank**2 * (rows + columns)
     return Work(1, float(rows * columns * itemsize), operations)
