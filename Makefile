@@ -70,7 +70,7 @@ format: $(VENV)/.dependencies
 	find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 bench: install
-	$(BIN)/hpa-ext bench
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/hpa-ext bench
 
 benchmark: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/hpa-ext bench continual
